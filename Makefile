@@ -1,0 +1,42 @@
+# Needs make and a Python from 3.10 to 3.13; everything else goes into .venv.
+ok := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10 python; do \
+  $$p -c '$(ok)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+bin := .venv/bin
+sources := settings.ini setup.py pyproject.toml
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+
+.PHONY: help demo test lab readme hooks clean
+help:  ## say what there is
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+demo: .venv/installed  ## align the small ModelScope with the aesthetic reward (5 minutes); see runs/demo/report.md
+	$(bin)/vader run modelscope-aesthetic --scale small --out runs/demo
+
+test: .venv/developer  ## the export check, all notebooks and all tests
+	OMP_NUM_THREADS=1 $(bin)/pytest tests
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(bin)/nbdev_test --n_workers 2 --timing
+
+lab: .venv/developer  ## open the notebooks in JupyterLab
+	$(bin)/jupyter lab nbs/index.ipynb
+
+readme: .venv/developer  ## make README.md from nbs/index.ipynb
+	$(bin)/python tools/readme.py
+
+hooks: .venv/developer  ## keep notebooks clean in git: clean on save, merge by cell
+	$(bin)/nbdev_install_hooks
+
+clean:  ## remove the environment and what builds left behind
+	rm -rf .venv build dist *.egg-info
+
+# Stamps: pip runs again only when what it installs has changed.
+.venv/installed: $(sources)
+	@test -n "$(PYTHON)" || { echo "vader_nb needs Python 3.10 to 3.13 with its venv module (Debian, Ubuntu: apt install python3-venv)." \
+	  "Found none; name one with: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(bin)/python || $(PYTHON) -m venv .venv
+	$(bin)/python -m pip install --editable .
+	@touch $@
+
+.venv/developer: .venv/installed
+	$(bin)/python -m pip install --editable '.[dev]'
+	@touch $@
