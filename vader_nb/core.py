@@ -6,17 +6,17 @@
 __all__ = ['VaderError', 'check', 'to_frames', 'from_frames', 'swap_cf', 'generator', 'randn', 'pick_device', 'pick_dtype',
            'atomic_path', 'write_json', 'read_json']
 
-# %% ../nbs/00_core.ipynb #1faacd1d
+# %% ../nbs/00_core.ipynb #9a5a5200
 import errno, json, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 
-# %% ../nbs/00_core.ipynb #61224be9
+# %% ../nbs/00_core.ipynb #01b744bc
 class VaderError(ValueError):
     "Something the caller can put right; its one line says what is wrong and what would be right."
 
-# %% ../nbs/00_core.ipynb #65277664
+# %% ../nbs/00_core.ipynb #99ee332c
 def check(
     ok,        # what must be true
     msg: str,  # one line: what is wrong, what would be right
@@ -24,7 +24,7 @@ def check(
     "Raise `VaderError(msg)` unless `ok`."
     if not ok: raise VaderError(msg)
 
-# %% ../nbs/00_core.ipynb #de95ca63
+# %% ../nbs/00_core.ipynb #7e8ae8cf
 def to_frames(
     video: torch.Tensor,  # (b, f, c, h, w)
 ) -> torch.Tensor:        # (b*f, c, h, w)
@@ -32,7 +32,7 @@ def to_frames(
     check(video.ndim == 5, f"a batch of clips has 5 axes (b, f, c, h, w), this has shape {tuple(video.shape)}")
     return video.flatten(0, 1)
 
-# %% ../nbs/00_core.ipynb #79ea376b
+# %% ../nbs/00_core.ipynb #72fad4a5
 def from_frames(
     x: torch.Tensor,  # (b*f, ...): pictures, or one number for each
     b: int,           # number of clips
@@ -41,7 +41,7 @@ def from_frames(
     check(b > 0 and len(x) % b == 0, f"{len(x)} frames cannot be shared out evenly among {b} clips")
     return x.unflatten(0, (b, -1))
 
-# %% ../nbs/00_core.ipynb #8636a23b
+# %% ../nbs/00_core.ipynb #80cd5c64
 def swap_cf(
     x: torch.Tensor,  # (b, c, f, h, w) or (b, f, c, h, w)
 ) -> torch.Tensor:    # the other one
@@ -49,7 +49,7 @@ def swap_cf(
     check(x.ndim == 5, f"swap_cf needs 5 axes, this has shape {tuple(x.shape)}")
     return x.transpose(1, 2)
 
-# %% ../nbs/00_core.ipynb #dc2ec358
+# %% ../nbs/00_core.ipynb #1421fb41
 def generator(
     seed: int,       # any whole number
     device='cpu',    # where it draws
@@ -57,7 +57,7 @@ def generator(
     "A source of random numbers that starts at `seed`."
     return torch.Generator(device).manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #dfcf956f
+# %% ../nbs/00_core.ipynb #603fe2c8
 def randn(
     shape,                            # of the result
     generator: torch.Generator=None,  # draws on its own device; without one, torch's global state is used
@@ -68,7 +68,7 @@ def randn(
     home = generator.device if generator is not None else 'cpu'
     return torch.randn(shape, generator=generator, device=home, dtype=torch.float32).to(device or home, dtype)
 
-# %% ../nbs/00_core.ipynb #bbcccf6c
+# %% ../nbs/00_core.ipynb #0d56b0e6
 def pick_device(
     name=None,       # 'cpu', 'cuda', 'cuda:1', 'mps'; default: CUDA where there is one, else the CPU
 ) -> torch.device:
@@ -80,11 +80,11 @@ def pick_device(
     check(int(index or 0) < here[kind], f"this machine has no device '{name}': use {', '.join(k for k in here if here[k])}")
     return torch.device(name)
 
-# %% ../nbs/00_core.ipynb #b8f06270
+# %% ../nbs/00_core.ipynb #c16ec167
 _dtypes = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16,
                float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 
-# %% ../nbs/00_core.ipynb #ce789c77
+# %% ../nbs/00_core.ipynb #eeef440d
 def pick_dtype(
     name='fp32',     # 'fp32', 'fp16', 'bf16', torch's longer names, or a dtype
 ) -> torch.dtype:
@@ -93,22 +93,23 @@ def pick_dtype(
     check(name in _dtypes, f"unknown precision '{name}': use {', '.join(list(_dtypes)[:3])}")
     return _dtypes[name]
 
-# %% ../nbs/00_core.ipynb #ec44edcc
-_unwritable = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+# %% ../nbs/00_core.ipynb #140afa00
+_unwritable = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 def _remove(path):
     "Remove a file or folder, if there is one."
     if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+    elif path.exists(): path.unlink()
 
 def _disk_error(
     e: Exception,        # what a writer raised
 ) -> str|None:           # why nothing could be written, or None if `e` is about something else
-    "The reason in `e`, if the disk is to blame (torch and safetensors wrap the system's error in their own)."
+    "The reason in `e`, if the disk is to blame (torch and safetensors hide the system's error in words of their own)."
     if isinstance(e, OSError) and e.errno in _unwritable: return e.strerror
-    return 'No space left on device' if any(s in str(e) for s in ['No space left', 'file write failed']) else None
+    signs = ['No space left', 'file write failed', 'unexpected pos']
+    return 'No space left on device' if any(s in str(e) for s in signs) else None
 
-# %% ../nbs/00_core.ipynb #00e572c9
+# %% ../nbs/00_core.ipynb #53bb8816
 def _replace(
     new: Path,  # a complete file or folder
     path: Path, # where it goes
@@ -119,7 +120,7 @@ def _replace(
     os.replace(new, path)
     _remove(old)
 
-# %% ../nbs/00_core.ipynb #e4c52986
+# %% ../nbs/00_core.ipynb #bd039897
 @contextmanager
 def atomic_path(
     path,  # the file or folder to write; missing parents are made
@@ -136,7 +137,7 @@ def atomic_path(
         raise
     finally: _remove(new)
 
-# %% ../nbs/00_core.ipynb #519f4f4a
+# %% ../nbs/00_core.ipynb #c82b465e
 def write_json(
     path,  # the file
     data,  # anything JSON can hold
@@ -144,7 +145,7 @@ def write_json(
     "Write `data` to `path`, wholly or not at all."
     with atomic_path(path) as new: new.write_text(json.dumps(data, indent=2) + '\n', encoding='utf8')
 
-# %% ../nbs/00_core.ipynb #179bcfb8
+# %% ../nbs/00_core.ipynb #9d6a8c4d
 def read_json(
     path,  # the file
 ):

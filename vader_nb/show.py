@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['to_uint8', 'keep_small', 'strip', 'tile', 'save_gif', 'save_mp4', 'player', 'side_by_side', 'curve', 'heatmap']
 
-# %% ../nbs/01_show.ipynb #0228810d
+# %% ../nbs/01_show.ipynb #87c0a64a
 from io import BytesIO
 import numpy as np, torch
 from PIL import Image, ImageDraw, ImageFont
 from .core import atomic_path, check
 
-# %% ../nbs/01_show.ipynb #cba5561e
+# %% ../nbs/01_show.ipynb #919e3195
 def to_uint8(
     video: torch.Tensor,  # (b, f, c, h, w) or one clip (f, c, h, w); what lies outside [0, 1] is clamped
 ) -> np.ndarray:          # (b, f, h, w, 3) bytes
@@ -22,7 +22,7 @@ def to_uint8(
     x = video.detach().float().cpu().expand(-1, -1, 3, -1, -1).nan_to_num()
     return (x.clamp(0, 1)*255).round().byte().permute(0, 1, 3, 4, 2).numpy()
 
-# %% ../nbs/01_show.ipynb #e7a4bf24
+# %% ../nbs/01_show.ipynb #ac028c2d
 def _join(
     xs,        # arrays of equal shape
     axis,      # along which they are joined
@@ -35,7 +35,7 @@ def _join(
     space = np.full(shape, fill, np.uint8)
     return np.concatenate([y for x in xs for y in (space, x)][1:], axis)
 
-# %% ../nbs/01_show.ipynb #82619d63
+# %% ../nbs/01_show.ipynb #1086d675
 def _fit(
     text,   # to be written
     width,  # pixels there are
@@ -47,7 +47,7 @@ def _fit(
     while text and font.getlength(text + '...') > width - 4: text = text[:-1]
     return text + '...', font
 
-# %% ../nbs/01_show.ipynb #70a0c7e2
+# %% ../nbs/01_show.ipynb #574dc180
 def _titled(
     x,      # (f, h, w, 3) bytes
     title,  # None leaves the place for it empty
@@ -58,7 +58,7 @@ def _titled(
     ImageDraw.Draw(bar).text((2, 1), text, fill=(40, 40, 40), font=font)
     return np.concatenate([np.broadcast_to(np.asarray(bar), (len(x), *np.shape(bar))), x], 1)
 
-# %% ../nbs/01_show.ipynb #2d1280fc
+# %% ../nbs/01_show.ipynb #fe7b0b71
 def _names(
     titles,  # one for each clip, one text for a single clip, or None
     n,       # number of clips
@@ -68,7 +68,15 @@ def _names(
     check(len(titles) == n, f"{len(titles)} titles for {n} clips: give one for each")
     return titles
 
-# %% ../nbs/01_show.ipynb #9759a471
+# %% ../nbs/01_show.ipynb #25ec0060
+def _shrunk(
+    video,  # (b, f, c, h, w) or (f, c, h, w)
+):
+    "Frames of more than 224 pixels averaged down to 112 and more: a strip of eight large frames would not fit on any page."
+    k = max(1, video.shape[-2]//112)
+    return torch.nn.functional.avg_pool3d(video.detach().float(), (1, k, k))
+
+# %% ../nbs/01_show.ipynb #51b8e560
 def _enlarged(
     video,  # (b, f, c, h, w) or (f, c, h, w)
     zoom,   # whole factor, or None: about 112 pixels high
@@ -78,7 +86,7 @@ def _enlarged(
     zoom = zoom or max(1, round(112/x.shape[2]))
     return list(x.repeat(zoom, 2).repeat(zoom, 3))
 
-# %% ../nbs/01_show.ipynb #9f82a160
+# %% ../nbs/01_show.ipynb #b88709d4
 def _bytes(im, kind):
     "The image as the bytes of a PNG or JPEG file."
     out = BytesIO()
@@ -94,20 +102,20 @@ def keep_small(
     im._repr_png_, im._repr_jpeg_ = shown('PNG'), shown('JPEG')
     return im
 
-# %% ../nbs/01_show.ipynb #9bbf2abb
+# %% ../nbs/01_show.ipynb #e9fd8a1b
 def strip(
     video: torch.Tensor,  # (b, f, c, h, w) or one clip (f, c, h, w)
     titles=None,          # one line above each clip
-    zoom: int=None,       # enlarge by this factor; default: to about 112 pixels
+    zoom: int=None,       # enlarge by this factor; default: enlarge or shrink to about 112 pixels
 ) -> Image.Image:
     "A film strip: a row for each clip, its frames from left to right."
-    xs = _enlarged(video, zoom)
+    xs = _enlarged(video if zoom else _shrunk(video), zoom)
     titles = _names(titles, len(xs))
     rows = [_join(list(x), axis=1)[None] for x in xs]
     if any(titles): rows = [_titled(r, t) for r, t in zip(rows, titles)]
     return keep_small(Image.fromarray(_join(rows, axis=1, gap=4, fill=255)[0]))
 
-# %% ../nbs/01_show.ipynb #4683c38a
+# %% ../nbs/01_show.ipynb #e12a835a
 def tile(
     video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
     titles=None,          # one above each clip
@@ -122,7 +130,7 @@ def tile(
     xs += [np.full_like(xs[0], 255)]*(-len(xs) % n)
     return _join([_join(xs[i:i + n], axis=2) for i in range(0, len(xs), n)], axis=1)
 
-# %% ../nbs/01_show.ipynb #6a79529a
+# %% ../nbs/01_show.ipynb #a98b93a2
 def save_gif(
     video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
     path,                 # file to write
@@ -134,7 +142,16 @@ def save_gif(
     with atomic_path(path) as new:
         frames[0].save(new, 'GIF', save_all=True, append_images=frames[1:], duration=round(1000/fps), loop=0)
 
-# %% ../nbs/01_show.ipynb #117b67c7
+# %% ../nbs/01_show.ipynb #0eac3cdc
+def _frames_in(
+    path,  # of a video
+):
+    "How many frames the file holds; 0 if it is broken (ffmpeg reports a full disk to nobody but its log)."
+    from imageio_ffmpeg import count_frames_and_secs
+    try: return count_frames_and_secs(str(path))[0]
+    except RuntimeError: return 0
+
+# %% ../nbs/01_show.ipynb #91a03560
 def save_mp4(
     video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
     path,                 # file to write, ending in .mp4
@@ -146,9 +163,10 @@ def save_mp4(
     x = tile(video, titles)
     x = np.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)], mode='edge')
     with atomic_path(path) as new:
-        iio.mimwrite(new, x, format='FFMPEG', fps=fps, codec='libx264', quality=8, macro_block_size=1, ffmpeg_log_level='error')
+        iio.mimwrite(new, x, format='FFMPEG', fps=fps, codec='libx264', quality=8, macro_block_size=1, ffmpeg_log_level='quiet')
+        check(_frames_in(new) == len(x), f"ffmpeg could not write {path} to its end: free some space or choose another folder")
 
-# %% ../nbs/01_show.ipynb #c3afef58
+# %% ../nbs/01_show.ipynb #ed915049
 def player(
     video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
     titles=None,          # one above each clip
@@ -162,10 +180,10 @@ def player(
     play, slider = W.Play(max=last, interval=round(1000/fps), repeat=True), W.IntSlider(max=last, description='frame')
     W.jslink((play, 'value'), (slider, 'value')), W.jslink((slider, 'value'), (stack, 'selected_index'))
     box, still = W.VBox([stack, W.HBox([play, slider])]), _bytes(strip(video, titles), 'JPEG')
-    box._repr_mimebundle_ = lambda **kw: W.VBox._repr_mimebundle_(box) | {'image/jpeg': still}
+    box._repr_mimebundle_ = lambda **kw: W.VBox._repr_mimebundle_(box) | {'text/plain': 'a player', 'image/jpeg': still}
     return box
 
-# %% ../nbs/01_show.ipynb #b08cb673
+# %% ../nbs/01_show.ipynb #90233cb1
 def side_by_side(
     before: torch.Tensor,       # (b, f, c, h, w) or (f, c, h, w)
     after: torch.Tensor,        # as many clips again
@@ -177,7 +195,7 @@ def side_by_side(
     if before.ndim == 4: before, after = before[None], after[None]
     return player(torch.stack([before, after], 1).flatten(0, 1), list(titles)*len(before), columns=2, fps=fps)
 
-# %% ../nbs/01_show.ipynb #f13bc019
+# %% ../nbs/01_show.ipynb #1be89e54
 def _running_mean(
     y,       # numbers
     window,  # how many
@@ -185,7 +203,7 @@ def _running_mean(
     "The mean of the last `window` values at each place (of fewer at the start)."
     return np.array([np.mean(y[max(0, i + 1 - window):i + 1]) for i in range(len(y))])
 
-# %% ../nbs/01_show.ipynb #1bbb64a0
+# %% ../nbs/01_show.ipynb #c2a753ca
 def _line(
     ax,      # matplotlib axes
     x,       # where
@@ -198,7 +216,7 @@ def _line(
     if smooth > 1: ax.plot(x, y, color=colour, alpha=.25, lw=1)
     ax.plot(x, _running_mean(y, smooth), color=colour, label=name, lw=2, marker='o' if len(y) <= 30 else None, ms=4)
 
-# %% ../nbs/01_show.ipynb #322f31f7
+# %% ../nbs/01_show.ipynb #fe161107
 def curve(
     ys,               # numbers, or a dict name -> numbers
     xs=None,          # their places; default: 1, 2, ...
@@ -227,7 +245,7 @@ def _drawn(fig):
     fig.savefig(out)
     return Image.open(out).convert('RGB')
 
-# %% ../nbs/01_show.ipynb #6975970d
+# %% ../nbs/01_show.ipynb #fa961bc1
 def heatmap(
     video: torch.Tensor,   # (b, f, c, h, w) or (f, c, h, w)
     grad: torch.Tensor,    # d reward / d video, the same shape

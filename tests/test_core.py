@@ -1,0 +1,95 @@
+import errno, os
+
+import pytest, torch
+from vader_nb.core import (VaderError, atomic_path, check, from_frames, generator, pick_device, pick_dtype, randn, read_json, swap_cf,
+                           to_frames, write_json)
+
+
+def test_check_raises_one_kind_of_error():
+    check(True, 'fine')
+    with pytest.raises(VaderError, match='^no$'): check([], 'no')
+    assert issubclass(VaderError, ValueError)
+
+
+def test_frames_keep_their_order():
+    v = torch.arange(2*3*1*2*2.).view(2, 3, 1, 2, 2)
+    assert to_frames(v).shape == (6, 1, 2, 2)
+    assert torch.equal(to_frames(v)[3], v[1, 0])
+    assert torch.equal(from_frames(to_frames(v), 2), v)
+    assert torch.equal(from_frames(torch.arange(6), 2), torch.tensor([[0, 1, 2], [3, 4, 5]]))
+    assert to_frames(v).data_ptr() == v.data_ptr()
+
+
+def test_swap_cf_is_its_own_inverse():
+    v = torch.randn(2, 3, 4, 5, 6)
+    assert swap_cf(v).shape == (2, 4, 3, 5, 6)
+    assert torch.equal(swap_cf(swap_cf(v)), v)
+
+
+@pytest.mark.parametrize('call', [lambda: to_frames(torch.zeros(3, 4, 4)), lambda: swap_cf(torch.zeros(3)),
+                                  lambda: from_frames(torch.zeros(7), 2), lambda: from_frames(torch.zeros(7), 0)])
+def test_wrong_shapes_are_refused(call):
+    with pytest.raises(VaderError): call()
+
+
+def test_a_seed_means_the_same_noise_in_every_precision():
+    a, b = randn((3, 4), generator(1)), randn((3, 4), generator(1), dtype=torch.float16)
+    assert a.dtype == torch.float32 and torch.equal(a.half(), b)
+    assert not torch.equal(a, randn((3, 4), generator(2)))
+    torch.manual_seed(5); x = torch.randn(1)
+    torch.manual_seed(5); randn(3, generator(0))
+    assert torch.equal(x, torch.randn(1))  # the global state was not touched
+
+
+def test_device_and_precision_names():
+    assert pick_device('cpu') == torch.device('cpu') == pick_device(torch.device('cpu'))
+    assert pick_device().type in ('cpu', 'cuda')
+    assert pick_dtype('bf16') is pick_dtype('bfloat16') is pick_dtype(torch.bfloat16) is torch.bfloat16
+    for bad in ['tpu', 'cpu:7', 'cuda:x', 'cuda:99']:
+        with pytest.raises(VaderError): pick_device(bad)
+    with pytest.raises(VaderError, match='fp32, fp16, bf16'): pick_dtype('int8')
+
+
+def names(folder): return sorted(p.name for p in folder.iterdir())
+
+
+def test_atomic_path_replaces_files_and_folders(tmp_path):
+    for text in ['one', 'two']:
+        with atomic_path(tmp_path/'deep'/'a.txt') as new: new.write_text(text)
+        with atomic_path(tmp_path/'deep'/'folder') as new: new.mkdir(); (new/text).write_text(text)
+    assert (tmp_path/'deep'/'a.txt').read_text() == 'two'
+    assert names(tmp_path/'deep') == ['a.txt', 'folder'] and names(tmp_path/'deep'/'folder') == ['two']
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('boom'), FileNotFoundError('other')])
+def test_atomic_path_keeps_the_old_file_when_the_writer_fails(tmp_path, error):
+    (tmp_path/'a.txt').write_text('old')
+    with pytest.raises(type(error)):
+        with atomic_path(tmp_path/'a.txt') as new: new.write_text('half'); raise error
+    assert (tmp_path/'a.txt').read_text() == 'old' and names(tmp_path) == ['a.txt']
+
+
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError('PytorchStreamWriter: file write failed'),
+                                   Exception('Error while serializing: I/O error: No space left on device (os error 28)')])
+def test_a_full_disk_is_one_clear_line(tmp_path, error):
+    (tmp_path/'a.txt').write_text('old')
+    with pytest.raises(VaderError, match='No space left.*free some space') as e:
+        with atomic_path(tmp_path/'a.txt') as new: new.mkdir(); raise error
+    assert '\n' not in str(e.value) and names(tmp_path) == ['a.txt'] and (tmp_path/'a.txt').read_text() == 'old'
+
+
+def test_a_parent_that_is_a_file_is_refused(tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(VaderError, match='cannot write'):
+        write_json(tmp_path/'file'/'a.json', {})
+
+
+def test_json_round_trip_and_damage(tmp_path):
+    data = dict(a=1, b=[1.5, None], c='\u00e9')
+    write_json(tmp_path/'a.json', data)
+    assert read_json(tmp_path/'a.json') == data
+    (tmp_path/'a.json').write_text('{"a": 1, "b')
+    for f in ['a.json', 'missing.json']:
+        with pytest.raises(VaderError, match=f): read_json(tmp_path/f)
+    with pytest.raises(TypeError): write_json(tmp_path/'b.json', object())
+    assert names(tmp_path) == ['a.json']
