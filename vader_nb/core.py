@@ -50,12 +50,18 @@ def swap_cf(
     return x.transpose(1, 2)
 
 # %% ../nbs/00_core.ipynb #1421fb41
+class _Shared(torch.Generator):
+    "A generator that knows which share of each batch of noise belongs to this process."
+
 def generator(
     seed: int,       # any whole number
     device='cpu',    # where it draws
+    share=(0, 1),    # number of this process, and how many there are
 ) -> torch.Generator:
     "A source of random numbers that starts at `seed`."
-    return torch.Generator(device).manual_seed(seed)
+    g = _Shared(device)
+    g.share = share
+    return g.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #603fe2c8
 def randn(
@@ -66,7 +72,9 @@ def randn(
 ) -> torch.Tensor:
     "Normal noise, drawn in float32 where `generator` lives and only then moved: a seed means the same noise on every device."
     home = generator.device if generator is not None else 'cpu'
-    return torch.randn(shape, generator=generator, device=home, dtype=torch.float32).to(device or home, dtype)
+    i, n = getattr(generator, 'share', (0, 1))
+    shape = (shape,) if isinstance(shape, int) else shape
+    return torch.randn((n, *shape), generator=generator, device=home, dtype=torch.float32)[i].to(device or home, dtype)
 
 # %% ../nbs/00_core.ipynb #0d56b0e6
 def pick_device(
