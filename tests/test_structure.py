@@ -1,0 +1,146 @@
+"The shape of the project: the order of notebooks, light imports, a wheel that works, notebooks fit to be read."
+import ast, json, os, re, shutil, subprocess, sys, time, zipfile
+from configparser import ConfigParser
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+paths = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+ids = [str(p.relative_to(root/'nbs')) for p in paths]
+notebooks = pytest.mark.parametrize('path', paths, ids=ids)
+modules = sorted(p for p in (root/'vader_nb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+
+
+@cache
+def read(path): return json.loads(path.read_text(encoding='utf8'))
+
+def code(path): return [''.join(c['source']) for c in read(path)['cells'] if c['cell_type'] == 'code']
+
+def exports(path):
+    "The module that a notebook exports, or None."
+    found = [m[1] for s in code(path) for m in re.finditer(r'^#\|\s*default_exp\s+(\S+)', s, re.M)]
+    return found[0] if found else None
+
+def place(path):
+    "Where a notebook stands in the reading order; `nbs/zoo` is an appendix after all others."
+    n = re.match(r'\d+', path.name)
+    return ('zoo' in path.parts, int(n[0]) if n else 999)
+
+def tree(source): return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.M))
+
+def imports(source):
+    "Our own modules that a piece of code imports, anywhere in it, without the package's name."
+    for n in ast.walk(tree(source)):
+        if isinstance(n, ast.Import): names = [a.name for a in n.names]
+        elif isinstance(n, ast.ImportFrom): names = [n.module or ''] + [f'{n.module}.{a.name}' for a in n.names]
+        else: continue
+        yield from (m.split('.', 1)[1] for m in names if m.startswith('vader_nb.'))
+
+
+@notebooks
+def test_a_notebook_imports_only_from_lower_numbers(path):
+    where = {exports(p): place(p) for p in paths if exports(p)}
+    wrong = [m for s in code(path) for m in imports(s) if m in where and m != exports(path) and where[m] >= place(path)]
+    assert not wrong, f'{path.name} imports {wrong} from notebooks that are not before it'
+
+
+def test_every_module_comes_from_one_notebook():
+    names = [exports(p).replace('.', '/') + '.py' for p in paths if exports(p)]
+    assert sorted(names) == sorted(str(p.relative_to(root/'vader_nb')) for p in modules)
+
+
+def test_no_star_imports():
+    stars = [f'{p.name}: {n.module}' for p, s in [(p, s) for p in paths for s in code(p)] + [(p, p.read_text()) for p in modules]
+             for n in ast.walk(tree(s)) if isinstance(n, ast.ImportFrom) and n.names[0].name == '*']
+    assert not stars
+
+
+@pytest.mark.parametrize('path', modules, ids=[str(p.relative_to(root/'vader_nb')) for p in modules])
+def test_exported_functions_have_docstrings(path):
+    t = ast.parse(path.read_text(encoding='utf8'))
+    public = next((ast.literal_eval(n.value) for n in t.body if isinstance(n, ast.Assign) and n.targets[0].id == '__all__'), [])
+    mute = [n.name for n in t.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in public and not ast.get_docstring(n)]
+    assert not mute
+
+
+@notebooks
+def test_notebooks_are_fit_to_be_read(path):
+    nb = read(path)
+    assert path.stat().st_size < 500_000, f'{path.stat().st_size/1e3:.0f} kB: show fewer or smaller pictures'
+    errors = [o['evalue'] for c in nb['cells'] for o in c.get('outputs', []) if o['output_type'] == 'error']
+    assert not errors
+    assert nb['metadata'].get('kernelspec', {}).get('name') == 'python3', 'without a kernel named, JupyterLab asks each reader for one'
+    assert re.match(r'# \S.*\n(.*\n)*?> \S', ''.join(nb['cells'][0]['source'])), 'a notebook begins with its title and a line that says what it is'
+
+
+def test_import_is_light():
+    run = 'import sys, time; t = time.perf_counter(); import vader_nb; s = time.perf_counter() - t; assert "torch" not in sys.modules; print(s)'
+    assert float(subprocess.check_output([sys.executable, '-c', run])) < 1
+
+
+def test_export_changes_nothing(tmp_path):
+    copy(tmp_path, ignore=shutil.ignore_patterns('checkpoints', '__pycache__'))
+    shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'],
+                   cwd=tmp_path, check=True, capture_output=True)
+    made = {p.relative_to(tmp_path): p.read_text() for p in (tmp_path/'vader_nb').rglob('*.py')}
+    kept = {p.relative_to(root): p.read_text() for p in (root/'vader_nb').rglob('*.py')}
+    assert sorted(made) == sorted(kept)
+    assert not [str(p) for p in kept if made[p] != kept[p]], 'run nbdev_export'
+
+
+def test_readme_is_made_from_the_index():
+    sys.path.insert(0, str(root/'tools'))
+    from readme import readme
+    text, pictures = readme(read(root/'nbs/index.ipynb'))
+    assert (root/'README.md').read_text(encoding='utf8') == text, 'run make readme'
+    assert all((root/'nbs/images'/name).read_bytes() == data for name, data in pictures.items())
+    links = re.findall(r'\]\(([^)#\s]+)', text) + re.findall(r'src="([^"]+)"', text)
+    assert not [l for l in links if not l.startswith('http') and not (root/l).exists()]
+
+
+def copy(to, **kw):
+    "What a build needs, copied to `to`, so that nothing is left in the checkout."
+    for name in ['settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE']:
+        if (root/name).exists(): shutil.copy(root/name, to)
+    shutil.copytree(root/'vader_nb', to/'vader_nb', **kw)
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The wheel of this checkout."
+    source = tmp_path_factory.mktemp('source')
+    copy(source, ignore=shutil.ignore_patterns('__pycache__'))
+    pip('wheel', source, '--no-build-isolation', '-w', source/'dist')
+    return next((source/'dist').glob('*.whl'))
+
+def pip(*args): subprocess.run([sys.executable, '-m', 'pip', *map(str, args), '--no-deps', '-q'], check=True, capture_output=True)
+
+
+def test_the_wheel_holds_every_file(wheel):
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    ours = {str(p.relative_to(root)) for p in (root/'vader_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    assert {f for f in inside if '.dist-info/' not in f} == {o for o in ours if o.endswith('.py') or '/checkpoints/' in o}
+
+
+def test_the_wheel_imports_where_there_is_no_checkout(wheel, tmp_path):
+    pip('install', wheel, '--target', tmp_path/'site')
+    names = ['vader_nb'] + ['.'.join(p.relative_to(root).with_suffix('').parts) for p in modules]
+    run = f'import importlib; print([importlib.import_module(n) for n in {names}][0].__file__)'
+    out = subprocess.run([sys.executable, '-c', run], cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(tmp_path/'site')},
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip().startswith(str(tmp_path/'site'))
+
+
+def test_settings_name_the_packages_the_code_imports():
+    ini = ConfigParser(delimiters=['='])
+    ini.read(root/'settings.ini')
+    listed = {re.split(r'[<>=!]', r)[0].lower().replace('-', '_') for r in ini['DEFAULT']['requirements'].split()}
+    listed |= {dict(pillow='PIL', open_clip_torch='open_clip').get(r, r) for r in listed}
+    nodes = [n for p in modules for n in ast.walk(ast.parse(p.read_text()))]
+    used = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    used |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+    missing = {u.split('.')[0] for u in used} - listed - sys.stdlib_module_names
+    assert not missing
