@@ -11,7 +11,7 @@ help:  ## say what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 demo: .venv/installed  ## align the small ModelScope with the aesthetic reward (5 minutes); see runs/demo/report.md
-	$(bin)/vader run modelscope-aesthetic --scale small --out runs/demo
+	$(bin)/vader run modelscope-aesthetic --scale small --out runs/demo --resume
 
 test: .venv/developer  ## the export check, all notebooks and all tests
 	OMP_NUM_THREADS=1 $(bin)/pytest tests
