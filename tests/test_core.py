@@ -41,6 +41,11 @@ def test_a_seed_means_the_same_noise_in_every_precision():
     assert torch.equal(x, torch.randn(1))  # the global state was not touched
 
 
+def test_processes_share_the_noise_of_one():
+    whole = randn((4, 3), generator(7))
+    assert torch.equal(whole, torch.cat([randn((2, 3), generator(7, share=(i, 2))) for i in range(2)]))
+
+
 def test_device_and_precision_names():
     assert pick_device('cpu') == torch.device('cpu') == pick_device(torch.device('cpu'))
     assert pick_device().type in ('cpu', 'cuda')

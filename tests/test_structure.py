@@ -101,6 +101,12 @@ def test_readme_is_made_from_the_index():
     assert not [l for l in links if not l.startswith('http') and not (root/l).exists()]
 
 
+def test_the_map_leads_to_real_headings():
+    links = re.findall(r'\]\(([\w/]+\.ipynb)#([^)]+)\)', '\n'.join(''.join(c['source']) for c in read(root/'nbs/index.ipynb')['cells']))
+    heads = lambda nb: re.findall(r'^#+ (.+)$', '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown'), re.M)
+    assert not [(p, a) for p, a in links if a not in [h.strip().replace(' ', '-') for h in heads(read(root/'nbs'/p))]]
+
+
 def copy(to, **kw):
     "What a build needs, copied to `to`, so that nothing is left in the checkout."
     for name in ['settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE']:
