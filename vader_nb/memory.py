@@ -15,7 +15,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from .core import atomic_path, check
+from .core import VaderError, atomic_path, check
 
 # %% ../nbs/11_memory.ipynb #e551b4fe
 def saved_bytes(fn,      # a function without arguments that runs a forward pass and returns its result
@@ -39,13 +39,21 @@ def add_lora(model,        # a `VideoModel`; its denoiser is wrapped in place
              seed=0        # for the first matrix; the second starts at zero
              ):
     "Freeze the denoiser, put LoRA beside its `targets`; returns the list of trainable parameters."
-    from peft import LoraConfig, PeftModel, get_peft_model
-    check(not isinstance(model.denoiser, PeftModel), f'{model.name} already has an adapter')
+    from peft import LoraConfig
+    targets, names = list(targets or model.lora_targets), [f'.{n}' for n, _ in model.denoiser.named_modules()]
     check(rank > 0 and alpha > 0, f'rank and alpha must be positive, not {rank} and {alpha}')
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets or model.lora_targets))
+    check(not _is_tuned(model), f'{model.name} already has an adapter')
+    for t in targets: check(any(n.endswith(f'.{t}') for n in names), f'{model.name} has no layer whose name ends in {t!r}')
+    return _wrap(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), seed)
+
+def _is_tuned(model): return hasattr(model.denoiser, 'peft_config')
+
+def _wrap(model, config, seed=0):
+    "Put the adapter that `config` describes on the denoiser, which stays in eval mode if it was."
+    from peft import get_peft_model
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.denoiser = get_peft_model(model.denoiser, config)
+        model.denoiser = get_peft_model(model.denoiser, config).train(model.denoiser.training)
     return lora_parameters(model)
 
 def lora_parameters(model # a `VideoModel`
@@ -71,11 +79,33 @@ def load_lora(model, # a `VideoModel`; an adapter that it already has is replace
               folder # what `save_lora` wrote
               ):
     "Put a saved adapter on the denoiser, ready to train on; returns the list of trainable parameters."
-    from peft import PeftModel
-    check((Path(folder)/'adapter_config.json').is_file(), f'{folder} holds no LoRA: it should contain adapter_config.json')
-    bare = model.denoiser.unload() if isinstance(model.denoiser, PeftModel) else model.denoiser
-    model.denoiser = PeftModel.from_pretrained(bare, folder, is_trainable=True)
-    return lora_parameters(model)
+    from peft import set_peft_model_state_dict
+    config, weights = _read_lora(Path(folder))
+    if _is_tuned(model): model.denoiser = model.denoiser.unload()
+    _check_fit(model, weights, folder)
+    learn = _wrap(model, config)
+    set_peft_model_state_dict(model.denoiser, weights)
+    return learn
+
+def _read_lora(folder):
+    "Config and weights of a saved adapter; raises `VaderError` if either is missing or damaged."
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = False
+        check(config.target_modules, 'the config names no target_modules')
+        return config, load_file(folder/'adapter_model.safetensors')
+    except Exception as e:
+        raise VaderError(f'{folder} holds no whole LoRA (adapter_config.json, adapter_model.safetensors): {str(e).splitlines()[0]}') from e
+
+def _check_fit(model, weights, folder):
+    "Raise `VaderError` unless each matrix A in `weights` belongs beside a layer of the denoiser with as many inputs."
+    layers = dict(model.denoiser.named_modules())
+    for key, w in weights.items():
+        layer = layers.get(key.removeprefix('base_model.model.').split('.lora_')[0])
+        fits = layer is not None and (w.shape[1] == layer.weight.shape[1] if 'lora_A' in key else w.shape[0] == layer.weight.shape[0])
+        check(fits, f'{folder} is a LoRA for another network than {model.name}: {key} has no place there')
 
 # %% ../nbs/11_memory.ipynb #3dbe29d0
 LAYERS = {'ResnetBlock2D', 'TemporalConvLayer', 'Transformer2DModel', 'TransformerTemporalModel', 'Attention', 'CLIPEncoderLayer'}

@@ -1,0 +1,114 @@
+"The reward contract: sums, weights, input errors, and what the contract test catches."
+import pytest, torch
+from torch import nn
+
+from vader_nb.core import VaderError, generator
+from vader_nb.reward import Reward, check_reward, check_video, frame_mean, freeze, reward_from, reward_gradient
+
+bright = reward_from(lambda v, p: v.mean((1, 2, 3, 4)), 'bright')
+colourful = reward_from(lambda v, p: v.std(2).mean((1, 2, 3)), 'colourful')
+prompts = ['a dull fox', 'a vivid fox', 'a frog']
+
+class Clip(Reward):
+    name, wants, min_frames = 'clip', 'clip', 3
+    def score(self, video, prompts, generator): return -video.diff(dim=1).square().mean((1, 2, 3, 4))
+
+class Asked(Reward):
+    "The brightness of the colour channel that the length of the prompt names."
+    name, needs_prompts = 'asked', True
+    def score(self, video, prompts, generator):
+        return torch.stack([v[:, len(p) % 3].square().mean() for v, p in zip(video, prompts)])
+
+class Masked(Reward):
+    "Brightness under a random mask: one draw for the whole batch."
+    name = 'masked'
+    def score(self, video, prompts, generator):
+        mask = torch.rand(video.shape[-2:], generator=generator) < .5
+        return (video * mask).square().mean((1, 2, 3, 4))
+
+@pytest.fixture
+def video(): return torch.rand(3, 4, 3, 16, 16, generator=generator(5)) * .8 + .1
+
+def says(words, fn, *args, **kwargs):
+    with pytest.raises(VaderError, match=words) as e: fn(*args, **kwargs)
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('reward', [bright, colourful, Clip(), Asked(), Masked(), 2*Asked() + Clip() + .5*Masked()], ids=lambda r: r.name)
+def test_contract(reward, video): check_reward(reward, video, prompts)
+
+def test_sum_is_weighted_flat_and_linear(video):
+    both = 3*(2*colourful + bright)
+    assert torch.allclose(both(video), 6*colourful(video) + 3*bright(video))
+    assert both.name == '6*colourful + 3*bright' and len(both.rewards) == 2
+    assert set(both.parts(video)) == {'colourful', 'bright'}
+    assert torch.equal(both.combine(both.parts(video)), both(video))
+    assert torch.allclose((bright * 2)(video), (2 * bright)(video)) and torch.allclose((bright + bright)(video), 2*bright(video))
+
+def test_each_part_is_scored_once(video):
+    calls = []
+    counted = reward_from(lambda v, p: calls.append(1) or v.mean((1, 2, 3, 4)), 'counted')
+    (counted + 2*counted + bright)(video)
+    assert len(calls) == 1
+
+def test_sum_wants_what_its_terms_want(video):
+    assert (bright + colourful).wants == 'frame' and (bright + Clip()).wants == 'clip' and (bright + Clip()).min_frames == 3
+    assert (bright + Asked()).needs_prompts and not (bright + Clip()).needs_prompts
+    says('at least 3 frames', bright + Clip(), video[:, :2])
+    says('pass prompts', bright + Asked(), video)
+
+def test_bad_sums():
+    says('can be added', lambda: bright + 3)
+    says('share a name', lambda: bright + reward_from(lambda v, p: v.sum((1, 2, 3, 4)), 'bright'))
+    says('frame', reward_from, bright, 'x', 'clips')
+
+def test_sum_moves_its_modules(): # a sum is an nn.Module, so .to() reaches the networks inside
+    class Net(Reward):
+        name = 'net'
+        def __init__(self): super().__init__(); self.net = freeze(nn.Linear(3, 1))
+    assert next((2*Net() + bright).to(torch.float16).parameters()).dtype == torch.float16
+
+@pytest.mark.parametrize('change, words', [
+    (lambda v: v.transpose(1, 2), 'shape'), (lambda v: v[0], 'shape'), (lambda v: (v * 255).byte(), 'float'), (lambda v: v.numpy(), 'ndarray'),
+    (lambda v: v * 255, 'from .* to'), (lambda v: (v - .1) / .8 * 2 - 1, 'from .* to'), (lambda v: v[:, :0], 'empty'), (lambda v: v[:0], 'empty'),
+    (lambda v: torch.where(v > .8, torch.nan, v), 'finite'), (lambda v: torch.where(v > .89, torch.inf, v), 'finite')])
+def test_bad_video(video, change, words): says(words, bright, change(video))
+
+def test_bad_prompts(video):
+    says('3 videos need 3 prompts', bright, video, prompts[:2])
+    says('not a single string', bright, video, 'a fox')
+    says('pass prompts', Asked(), video)
+
+def test_overshoot_is_fine(video):
+    "An unclamped decoder may leave [0, 1] a little, or far at few pixels."
+    check_video(video * 1.4 - .2)
+    video[0, 0, :, :4] = 9.
+    check_video(video)
+
+def test_half_precision_input(video): assert bright(video.half()).shape == (3,)
+
+def test_frame_mean_subsets_are_unbiased(video):
+    score = lambda x: x.square().mean((1, 2, 3))
+    ones = torch.stack([frame_mean(score, video[:, [k]]) for k in range(4)])
+    assert torch.allclose(ones.mean(0), frame_mean(score, video))
+
+def test_reward_gradient_leaves_the_video_alone(video):
+    scores, grad = reward_gradient(bright, video)
+    assert grad.shape == video.shape and not video.requires_grad and not scores.requires_grad
+    assert torch.allclose(grad, torch.full_like(grad, 1 / video[0].numel()))
+    says('not differentiable', reward_gradient, reward_from(lambda v, p: v.detach().mean((1, 2, 3, 4)), 'cut'), video)
+    says('one score per video', reward_gradient, reward_from(lambda v, p: v.mean(), 'scalar'), video)
+
+def broken(fn): return reward_from(fn, 'broken')
+
+@pytest.mark.parametrize('fn, words', [
+    (lambda v, p: v.std(2).mean((1, 2, 3)) / v.std(2).mean((1, 2, 3)).max().detach(), 'alone|finite diff'),
+    (lambda v, p: v.std(2).mean((1, 2, 3)) * len(p[0]), 'alone'),
+    (lambda v, p: v.mean((1, 2, 3, 4)) * torch.arange(1., len(v) + 1), 'alone|order'),
+    (lambda v, p: torch.cat([v[:, :1].detach(), v[:, 1:]], 1).square().mean((1, 2, 3, 4)), 'finite differences'),
+    (lambda v, p: v.mean((1, 2, 3, 4)) + v.detach().square().mean((1, 2, 3, 4)), 'finite differences'),
+    (lambda v, p: (v - 9).clamp(min=0).mean((1, 2, 3, 4)), 'zero'),
+    (lambda v, p: v.mean((1, 2, 3, 4)) / 0, 'finite'),
+    (lambda v, p: (v - .5).abs().sum((1, 2, 3, 4)).sub(1e9).sqrt(), 'finite')])
+def test_contract_catches(fn, words, video): says(words, check_reward, broken(fn), video, prompts)
+
+def test_contract_needs_a_batch(video): says('two videos', check_reward, bright, video[:1])
