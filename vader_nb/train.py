@@ -14,7 +14,7 @@ __all__ = ['REPORT', 'Config', 'check_config', 'vader_step', 'mix', 'draw_prompt
 import contextlib, hashlib, json, math, os, random, sys, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-import torch
+import numpy as np, torch
 from tqdm.auto import tqdm
 from .core import VaderError, atomic_path, check, generator, read_json, write_json
 from .show import curve, save_gif, save_mp4, strip
@@ -141,13 +141,16 @@ def start(
     folder,  # the run folder
 ):
     "Give `model` its LoRA, and wrap it and an optimizer for training."
+    from accelerate.utils import set_seed
     n, b = (accelerator := make_accelerator(config.precision, model.device)).num_processes, config.batch
     check(b % n == 0, f'a batch of {b} cannot be shared evenly among {n} processes: choose a multiple of {n}')
+    set_seed(config.seed, device_specific=True)  # for rewards and models that draw from the global state
     weights = add_lora(model, config.rank, config.alpha, seed=config.seed)
     names = {id(p): name for name, p in model.denoiser.named_parameters()}
     if config.checkpointing: checkpoint_activations(model)
     run = Run(config, Path(folder), model, accelerator, None, {names[id(p)]: p for p in weights})
-    model.denoiser, run.optimizer = accelerator.prepare(model.denoiser.eval(), torch.optim.AdamW(weights, config.lr))
+    model.denoiser, run.optimizer = accelerator.prepare(model.denoiser, torch.optim.AdamW(weights, config.lr))
+    model.denoiser.eval()  # the wrapper too: it is born in training mode
     return run
 
 # %% ../nbs/20_train.ipynb #553905b6
@@ -255,10 +258,12 @@ def cut_lines(path, step):
 # %% ../nbs/20_train.ipynb #c6135003
 def random_state():
     "The global random states of this process."
-    return dict(torch=torch.get_rng_state(), python=random.getstate(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    name, numbers, *rest = np.random.get_state()
+    return dict(torch=torch.get_rng_state(), python=random.getstate(), numpy=(name, numbers.tolist(), *rest),
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 def set_random_state(state):
-    torch.set_rng_state(state['torch']); random.setstate(state['python'])
+    torch.set_rng_state(state['torch']); random.setstate(state['python']); np.random.set_state(state['numpy'])
     if len(state['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state['cuda'])
 
 # %% ../nbs/20_train.ipynb #ec86aa24
