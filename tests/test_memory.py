@@ -84,7 +84,7 @@ def test_saved_lora_gives_the_same_frames_in_plain_diffusers(model, x, tmp_path)
     pretend_training(model)
     save_lora(model, tmp_path/'lora')
     config = json.loads((tmp_path/'lora'/'adapter_config.json').read_text())
-    assert (config['r'], config['lora_alpha']) == (4, 2) and (tmp_path/'lora'/'adapter_model.safetensors').is_file()
+    assert (config['r'], config['lora_alpha']) == (4, 2) and {p.name for p in (tmp_path/'lora').iterdir()} == {'adapter_config.json', 'adapter_model.safetensors'}
     plain = Tiny()
     pipe = TextToVideoSDPipeline(plain.vae, None, None, plain.denoiser, plain.scheduler)
     pipe.unet = PeftModel.from_pretrained(pipe.unet, tmp_path/'lora')

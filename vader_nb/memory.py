@@ -73,7 +73,9 @@ def save_lora(model, # a `VideoModel` with LoRA
               folder # receives adapter_model.safetensors and adapter_config.json
               ):
     "Write the adapter with its rank, alpha and targets; plain peft can read it."
-    with atomic_path(folder) as new: model.denoiser.save_pretrained(new)
+    with atomic_path(folder) as new:
+        model.denoiser.save_pretrained(new)
+        (new/'README.md').unlink(missing_ok=True) # an empty form that names a folder of this machine
 
 def load_lora(model, # a `VideoModel`; an adapter that it already has is replaced
               folder # what `save_lora` wrote
