@@ -138,15 +138,18 @@ def test_head_must_fit_the_tower():
 # Loading
 
 @pytest.mark.parametrize('kind', ['pth', 'safetensors'])
-def test_load_from_published_layout(kind, tmp_path, monkeypatch, reward, video):
-    from safetensors.torch import save_file
+def test_load_from_published_layout(kind, tmp_path, monkeypatch, capfd, reward, video):
+    from safetensors.torch import load_file, save_file
     clip = CLIPModel(CLIPConfig(vision_config=reward.clip.config.to_dict(), text_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), projection_dim=12))
     clip.load_state_dict(reward.clip.state_dict(), strict=False)
     clip.save_pretrained(tmp_path/'clip')
+    file = tmp_path/'clip/model.safetensors' # OpenAI's file is from a time when position_ids were saved too
+    save_file(load_file(file) | {'vision_model.embeddings.position_ids': torch.arange(17)[None]}, file, metadata={'format': 'pt'})
     (tmp_path/'aesthetic').mkdir()
     (torch.save if kind == 'pth' else save_file)(reward.head.state_dict(), tmp_path/f'aesthetic/head.{kind}')
     monkeypatch.setattr(aesthetic, 'model_path', lambda name, scale: tmp_path/name)
     for scale in ('small', 'full'): assert torch.allclose(load_aesthetic(scale, 'cpu')(video), reward(video), atol=1e-5)
+    assert 'UNEXPECTED' not in ''.join(capfd.readouterr())
 
 def test_bad_heads(tmp_path):
     (tmp_path/'cut.pth').write_bytes(b'no weights')

@@ -104,7 +104,9 @@ def load_aesthetic(scale='small', # 'small': shipped with this package; 'full': 
                    ):
     "The aesthetic reward of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import CLIPVisionModelWithProjection
+    class ImageTower(CLIPVisionModelWithProjection): # the file also holds the text half, which is not asked for
+        _keys_to_ignore_on_load_unexpected = ['text_', 'logit_scale', 'position_ids']
     device = pick_device(device)
     half = scale == 'full' and device.type == 'cuda'
-    clip = load_net(CLIPVisionModelWithProjection, model_path('clip', scale), pick_dtype(dtype or ('fp16' if half else 'fp32')))
+    clip = load_net(ImageTower, model_path('clip', scale), pick_dtype(dtype or ('fp16' if half else 'fp32')))
     return Aesthetic(clip, load_head(model_path('aesthetic', scale))).to(device)
