@@ -4,7 +4,6 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10 p
   $$p -c '$(ok)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 bin := .venv/bin
 sources := settings.ini setup.py pyproject.toml
-export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 .PHONY: help demo test lab readme hooks clean
 help:  ## say what there is
