@@ -29,13 +29,15 @@ clean:  ## remove the environment and what builds left behind
 	rm -rf .venv build dist *.egg-info
 
 # Stamps: pip runs again only when what it installs has changed.
-.venv/installed: $(sources)
-	@test -n "$(PYTHON)" || { echo "vader_nb needs Python 3.10 to 3.13 with its venv module (Debian, Ubuntu: apt install python3-venv)." \
-	  "Found none; name one with: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
-	test -x $(bin)/python || $(PYTHON) -m venv .venv
+.venv/installed: $(sources) | .venv
 	$(bin)/python -m pip install --editable .
 	@touch $@
 
-.venv/developer: .venv/installed
+.venv/developer: $(sources) | .venv
 	$(bin)/python -m pip install --editable '.[dev]'
-	@touch $@
+	@touch .venv/installed $@
+
+.venv:
+	@test -n "$(PYTHON)" || { echo "vader_nb needs Python 3.10 to 3.13 with its venv module (Debian, Ubuntu: apt install python3-venv)." \
+	  "Found none; name one with: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
