@@ -107,6 +107,15 @@ def test_the_map_leads_to_real_headings():
     assert not [(p, a) for p, a in links if a not in [h.strip().replace(' ', '-') for h in heads(read(root/'nbs'/p))]]
 
 
+@pytest.mark.skipif(not (root/'vader_nb/checkpoints/modelscope').exists(), reason='the small ModelScope is not there yet')
+def test_the_example_of_the_index_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example, = [s for s in code(root/'nbs/index.ipynb') if 'fit(' in s]
+    assert 'Config(steps=30)' in example
+    exec(example.replace('Config(steps=30)', 'Config(steps=1, batch=1, T=2)').replace('steps=12', 'steps=2'), {})
+    assert (tmp_path/'runs/mine/lora').exists()
+
+
 def copy(to, **kw):
     "What a build needs, copied to `to`, so that nothing is left in the checkout."
     for name in ['settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE']:
