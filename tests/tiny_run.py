@@ -1,5 +1,5 @@
-"A training run on a tiny random model, as a program: `python tests/tiny_run.py FOLDER [CONFIG AS JSON] [--resume]`."
-import json, os, sys
+"A training run on a tiny random model; also as a program: `python tests/tiny_run.py FOLDER 'CHANGES AS JSON' [--resume]`."
+import json, sys
 import torch
 from tiny_models import tiny_pipeline
 from vader_nb.models.modelscope import ModelScope
@@ -7,7 +7,7 @@ from vader_nb.reward import reward_from
 from vader_nb.train import Config, fit
 
 PROMPTS, TESTS = ['a panda riding a bike', 'a fox playing chess', 'a dog washing dishes'], ['a fox riding a bike', 'a panda washing dishes']
-SIZE = dict(T=3, frames=4, height=16, width=16, rank=2, alpha=2., batch=2)
+TINY = dict(T=3, K=2, frames=4, height=16, width=16, rank=2, alpha=2., batch=2)
 
 
 def tiny_model(seed=0):
@@ -20,11 +20,10 @@ def bright(chance=0.):
     return reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)) * (1 + chance * torch.rand(())), 'bright')
 
 
-def tiny_fit(folder, model=None, reward=None, step_fn=None, resume=False, **changes):
-    kwargs = dict(step_fn=step_fn) if step_fn else {}
-    return fit(model or tiny_model(), reward or bright(), PROMPTS, Config(**{**SIZE, **changes}), folder, TESTS, resume=resume, **kwargs)
+def tiny_fit(folder, model=None, reward=None, chance=0., changes=None, **how):
+    return fit(model or tiny_model(), reward or bright(chance), PROMPTS, Config(**{**TINY, **(changes or {})}), folder, TESTS, **how)
 
 
 if __name__ == '__main__':
-    changes = json.loads(next((a for a in sys.argv[2:] if a.startswith('{')), '{}'))
-    for record in tiny_fit(sys.argv[1], resume='--resume' in sys.argv, **changes): print(record['step'], record['reward'], flush=True)
+    changes = json.loads(sys.argv[2])
+    for record in tiny_fit(sys.argv[1], chance=changes.pop('chance', 0.), changes=changes, resume='--resume' in sys.argv): print(record['step'], flush=True)

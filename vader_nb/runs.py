@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['append_line', 'read_lines', 'cut_lines', 'mix', 'random_state', 'set_random_state', 'checkpoints', 'write_checkpoint',
-           'read_checkpoint', 'check_folder', 'batches', 'sample_clips', 'score_clips', 'evaluate', 'save_samples',
-           'table', 'held_out_table', 'write_report', 'finish']
+           'read_checkpoint', 'check_folder', 'batches', 'sample_clips', 'score_clips', 'clip_mean', 'evaluate',
+           'save_samples', 'table', 'held_out_table', 'write_report', 'finish']
 
 # %% ../nbs/19_runs.ipynb #ab8b0222
 import contextlib, hashlib, json, random
@@ -128,14 +128,22 @@ def sample_clips(
 # %% ../nbs/19_runs.ipynb #168317d5
 def score_clips(
     model, reward, prompts, config,
-    judge,  # function (video, prompts) -> dict name -> (b,), or None
+    judge,  # function (video, prompts) -> dict name -> (b,), nan where it was not asked; or None
     seed,
 ):  # -> dict name -> list of b numbers
     "Sample one clip per prompt and score it by the reward, each of its parts, and the judge."
     video = sample_clips(model, prompts, config, seed)
     with torch.no_grad(): parts = reward.parts(video, prompts, generator(seed))
-    values = {**parts, 'reward': reward.combine(parts), **(judge(video, prompts) if judge else {})}
-    return {k: torch.as_tensor(v).float().tolist() for k, v in values.items()}
+    scores = {**parts, 'reward': reward.combine(parts)}
+    for k, v in scores.items(): check(v.isfinite().all(), f'{k} is not finite for one of the held-out prompts {prompts}')
+    return {k: v.float().tolist() for k, v in {**scores, **(judge(video, prompts) if judge else {})}.items()}
+
+def clip_mean(
+    values,  # numbers; nan where a judge was not asked
+):
+    "The mean of those that are numbers; None if there is none."
+    asked = [v for v in values if v == v]
+    return sum(asked) / len(asked) if asked else None
 
 # %% ../nbs/19_runs.ipynb #a42cd7a8
 def evaluate(
@@ -151,7 +159,8 @@ def evaluate(
     from accelerate.utils import gather_object
     mine = [score_clips(model, reward, p, config, judge, mix(config.seed, 'evaluate', i)) for i, p in bar(batches(prompts, config.batch)[share[0]::share[1]])]
     every = gather_object(mine) if share[1] > 1 else mine
-    return {k: sum(v) / len(v) for k in every[0] if (v := [x for scores in every for x in scores[k]])}
+    means = {k: clip_mean([x for scores in every for x in scores[k]]) for k in every[0]}
+    return {k: v for k, v in means.items() if v is not None}
 
 # %% ../nbs/19_runs.ipynb #6025b5b6
 def save_samples(

@@ -66,9 +66,7 @@ def _check_kind(
     ok = isinstance(v, bool) == (kind is bool) and isinstance(v, (int, float) if kind is float else kind)
     check(ok and (kind is not float or math.isfinite(v)), f'{name} is {v!r}, but must be {_kinds[kind.__name__]}')
 
-def check_config(
-    c: Config,
-):
+def check_config(c: Config):
     "Raise `VaderError` for the first value that makes no sense."
     for f in fields(c): _check_kind(f.name, f.type, getattr(c, f.name))
     for k, words in _words.items(): check(getattr(c, k) in words, f'unknown {k} {getattr(c, k)!r}: use {", ".join(words[:-1])} or {words[-1]}')
@@ -140,7 +138,9 @@ def start(
     weights = add_lora(model, config.rank, config.alpha, seed=config.seed)
     if config.checkpointing: checkpoint_activations(model)
     names = {id(p): name for name, p in model.denoiser.named_parameters()}
-    with warnings.catch_warnings(action='ignore'): model.denoiser, optimizer = accelerator.prepare(model.denoiser, torch.optim.AdamW(weights, config.lr))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)
+        model.denoiser, optimizer = accelerator.prepare(model.denoiser, torch.optim.AdamW(weights, config.lr))
     model.denoiser.eval()  # the wrapper too: it is born in train mode, and would put what it holds back there
     return Run(config, Path(folder), model, accelerator, optimizer, {names[id(p)]: p for p in weights})
 
@@ -165,9 +165,7 @@ def pass_generator(
 
 # %% ../nbs/20_train.ipynb #bdb0a551
 @contextlib.contextmanager
-def counted(
-    run,
-):
+def counted(run):
     "Count the clips that go through the denoiser within this block, over all processes."
     def count(module, args, out): run.passes += len(out if torch.is_tensor(out) else out[0]) * run.accelerator.num_processes
     hook = run.model.denoiser.register_forward_hook(count)
@@ -175,9 +173,7 @@ def counted(
     finally: hook.remove()
 
 # %% ../nbs/20_train.ipynb #33315881
-def where_we_are(
-    run,
-):
+def where_we_are(run):
     "The end of an error message: which step, and what is safe."
     last = checkpoints(run.folder)[-1:]
     return f'step {run.step + 1}; {f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"}; a smaller lr often helps'
@@ -191,9 +187,7 @@ def check_scores(
     for name, values in record.items():
         for v, p in zip(values.tolist(), prompts): check(math.isfinite(v), f'{name} is {v} for {p!r} ({where_we_are(run)})')
 
-def forward(
-    run, step_fn, reward, prompts, generator,
-):
+def forward(run, step_fn, reward, prompts, generator):
     "The step function under autocast; a complaint from inside is told with the step."
     try:
         with run.accelerator.autocast(): return step_fn(run.model, reward, prompts, run.config, generator)
@@ -225,9 +219,7 @@ def check_gradient(
     run.skipped = run.skipped + 1 if bad and run.accelerator.scaler else 0
     check(math.isfinite(norm) or 0 < run.skipped <= 8, f'the gradient is not finite: {len(bad)} weights, first {(bad or ["none alone"])[0]} ({where_we_are(run)})')
 
-def clip_gradient(
-    run,
-):
+def clip_gradient(run):
     "Scale the gradient down to the norm `config.clip` where it is longer; returns its norm before."
     run.accelerator.unscale_gradients(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.weights.values() if p.grad is not None])
@@ -236,9 +228,7 @@ def clip_gradient(
     return norm.item()
 
 # %% ../nbs/20_train.ipynb #aa749e3c
-def peak_memory(
-    device,
-):
+def peak_memory(device):
     "The most bytes in use so far: by torch on a GPU, by the whole process on a CPU."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
     import resource
@@ -256,9 +246,7 @@ def summary(
                 reward_queries=run.queries, denoiser_passes=run.passes, seconds=time.perf_counter() - began, peak_memory=peak_memory(run.accelerator.device))
 
 # %% ../nbs/20_train.ipynb #33aadfa1
-def optimizer_step(
-    run, step_fn, reward, prompts,
-):  # -> dict, the line for the log
+def optimizer_step(run, step_fn, reward, prompts):  # -> dict, the line for the log
     "All passes of a step, then the optimizer."
     began = time.perf_counter()
     with counted(run): records = [one_pass(run, step_fn, reward, prompts, i) for i in range(run.config.accumulate)]
@@ -271,9 +259,7 @@ def optimizer_step(
 # %% ../nbs/20_train.ipynb #1099c239
 _counters = ('step', 'queries', 'passes', 'skipped')
 
-def run_state(
-    run,
-):  # -> dict of numbers and tensors
+def run_state(run):  # -> dict of numbers and tensors
     "All that the coming steps depend on."
     from accelerate.utils import gather_object
     return dict({name: getattr(run, name) for name in _counters}, random=gather_object([random_state()]), optimizer=run.optimizer.state_dict(),
@@ -349,25 +335,19 @@ def due(
     "Is something due after this step?"
     return run.step == run.config.steps or (every > 0 and run.step % every == 0)
 
-def save(
-    run,
-):
+def save(run):
     "Write a checkpoint; every process gives its random states to it."
     state = run_state(run)
     if run.accelerator.is_main_process: write_checkpoint(run.folder, state)
 
-def close(
-    run,
-):
+def close(run):
     "Give the model its own denoiser back, LoRA included, and close the logs."
     run.model.denoiser = run.accelerator.unwrap_model(run.model.denoiser, keep_fp32_wrapper=False)
     run.accelerator.free_memory()
     for t in run.trackers: t.finish()
 
 # %% ../nbs/20_train.ipynb #0c369636
-def steps(
-    run, step_fn, reward, prompts, tests, judge, progress,
-):
+def steps(run, step_fn, reward, prompts, tests, judge, progress):
     "The remaining steps of a run, each with its line and what is due after it."
     look(run, reward, tests, judge, progress)
     with tqdm(total=run.config.steps, initial=run.step, desc=run.config.experiment, disable=not progress) as bar:

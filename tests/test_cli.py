@@ -1,0 +1,77 @@
+"The command line: what it does, and one clear line for whatever goes wrong."
+import json, subprocess, sys
+
+import pytest
+from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_model
+from vader_nb import experiments
+from vader_nb.cli import main
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    "An experiment on a tiny model, and no judges."
+    e = experiments.Experiment('nowhere', 'to test', lambda *a: tiny_model(), lambda *a: bright(), lambda scale: (PROMPTS, TESTS), dict(TINY, steps=2), dict(TINY))
+    monkeypatch.setitem(experiments.EXPERIMENTS, 'tiny', e)
+    for where in ('vader_nb.experiments', 'vader_nb.evaluate'): monkeypatch.setattr(f'{where}.judge_clips', lambda video, prompts: {})
+    monkeypatch.setattr('vader_nb.models.modelscope.load_modelscope', lambda *a: tiny_model())
+
+
+def said(capsys, *args):
+    try: code = main([str(a) for a in args])
+    except SystemExit as e: code = e.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_list(capsys):
+    code, out, _ = said(capsys, 'list')
+    assert code == 0 and 'modelscope-aesthetic' in out
+    entries = json.loads(said(capsys, 'list', '--json')[1])
+    assert all(e['small']['scale'] == 'small' and e['full']['scale'] == 'full' for e in entries)
+
+def test_run_resume_eval_sample(capsys, tmp_path):
+    run = tmp_path/'run'
+    code, out, _ = said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu')
+    assert code == 0 and str(run/'report.md') in out
+    before = (run/'lora/adapter_model.safetensors').read_bytes()
+    code, _, err = said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu')
+    assert code == 2 and '--resume' in err
+    assert said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu', '--resume')[0] == 0
+    assert (run/'lora/adapter_model.safetensors').read_bytes() == before
+    code, out, _ = said(capsys, 'eval', run, '--device', 'cpu')
+    after = [json.loads(l) for l in (run/'eval.jsonl').read_text().splitlines()]
+    assert code == 0 and f'| reward | {after[0]["reward"]:.3f} | {after[1]["reward"]:.3f} |' in out
+    code, out, _ = said(capsys, 'sample', '--lora', run/'lora', '--steps', 2, '--out', tmp_path/'clips', *PROMPTS[:2])
+    assert code == 0 and len(list((tmp_path/'clips').glob('*.gif'))) == len(list((tmp_path/'clips').glob('*.mp4'))) == 2
+
+@pytest.mark.parametrize('args, words', [
+    (['run', 'modelscope-beauty'], 'unknown experiment'), (['run', 'tiny', '--scale', 'huge'], 'unknown scale'), (['run', 'tiny', '--device', 'tpu'], 'unknown device'),
+    (['run', 'tiny', '--steps', '-3'], 'steps is -3'), (['run', 'tiny', '--steps', 'many'], "invalid int value: 'many'"), (['run', 'tiny', '--precision', 'fp16', '--device', 'cpu'], 'fp16 needs a GPU'),
+    (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['sample', '--base', 'imagen', 'x'], 'unknown base'), (['sample', ''], 'empty'), (['sample', 'a panda ' * 9], 'shorten it'),
+    (['sample', 'a panda', '--steps', '0'], 'steps is 0'), (['sample', 'a panda', '--lora', 'nowhere'], 'nowhere holds no LoRA'), (['eval', 'nowhere'], 'nowhere'),
+    ([], 'required'), (['dance'], 'invalid choice')])
+def test_one_clear_line(capsys, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = said(capsys, *args)
+    assert code == 2 and words in err and err.startswith('vader') and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+def test_a_run_folder_of_another_experiment(capsys, tmp_path):
+    assert said(capsys, 'run', 'tiny', '--out', tmp_path/'run', '--device', 'cpu')[0] == 0
+    code, _, err = said(capsys, 'run', 'modelscope-aesthetic', '--out', tmp_path/'run', '--device', 'cpu', '--resume')
+    assert code == 2 and "its experiment is 'tiny', not 'modelscope-aesthetic'" in err
+
+def test_a_place_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path/'file').write_text('')
+    code, _, err = said(capsys, 'run', 'tiny', '--out', tmp_path/'file/run', '--device', 'cpu')
+    assert code and len(err.strip().splitlines()) == 1 and 'file' in err
+
+def test_an_interrupt_is_no_error(capsys, tmp_path, monkeypatch):
+    def stop(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr('vader_nb.train.optimizer_step', stop)
+    code, _, err = said(capsys, 'run', 'tiny', '--out', tmp_path/'run', '--device', 'cpu')
+    assert code == 130 and err.strip().endswith('vader run --resume goes on from the last checkpoint')
+
+def test_the_command_answers_without_torch():
+    run = 'import sys; from vader_nb.cli import make_parser; make_parser(); sys.exit("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', run]).returncode == 0

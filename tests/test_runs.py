@@ -1,0 +1,71 @@
+"Run folders: lines, checkpoints, whose folder it is, held-out scores."
+import pytest, torch
+from tiny_run import PROMPTS, TINY, bright, tiny_model
+from vader_nb.core import VaderError, write_json
+from vader_nb.reward import reward_from
+from vader_nb.runs import (append_line, check_folder, checkpoints, cut_lines, evaluate, mix, random_state, read_checkpoint, read_lines, set_random_state,
+                           write_checkpoint)
+from vader_nb.train import Config
+
+
+def test_lines_are_cut_at_the_checkpoint(tmp_path):
+    file = tmp_path/'metrics.jsonl'
+    for step in range(1, 6): append_line(file, dict(step=step))
+    file.write_text(file.read_text() + '{"step": 6, "rew')
+    cut_lines(file, 3)
+    assert [r['step'] for r in read_lines(file)] == [1, 2, 3] and file.read_text().endswith('}\n')
+
+def test_no_lines_yet(tmp_path):
+    cut_lines(tmp_path/'metrics.jsonl', 3)
+    assert read_lines(tmp_path/'metrics.jsonl') == []
+
+def test_two_checkpoints_are_kept_in_order(tmp_path):
+    for step in (9, 10, 100, 1000): write_checkpoint(tmp_path, dict(step=step))
+    assert [read_checkpoint(p, ['step'])['step'] for p in checkpoints(tmp_path)] == [100, 1000]
+
+@pytest.mark.parametrize('spoil', [lambda b: b[:len(b)//2], lambda b: b'', lambda b: b'hello', lambda b: b[:100] + bytes(50) + b[150:]])
+def test_a_damaged_checkpoint_is_told(tmp_path, spoil):
+    write_checkpoint(tmp_path, dict(step=1, lora=torch.randn(1000)))
+    path = checkpoints(tmp_path)[0]
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(VaderError, match='damaged.*delete it') as e: read_checkpoint(path, ['step', 'lora'])
+    assert '\n' not in str(e.value)
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self): return open, (str(tmp_path/'evil'), 'w')
+    write_checkpoint(tmp_path, dict(step=1, lora=Evil()))
+    with pytest.raises(VaderError): read_checkpoint(checkpoints(tmp_path)[0], ['lora'])
+    assert not (tmp_path/'evil').exists()
+
+def test_random_states_come_back():
+    import random, numpy
+    draw = lambda: (torch.rand(()).item(), random.gauss(0, 1), numpy.random.rand())
+    state = random_state(); first = draw(); set_random_state(state)
+    assert draw() == first
+
+def test_mixed_seeds_differ(): assert len({mix(i, j) for i in range(30) for j in range(30)}) == 900
+
+def test_whose_folder(tmp_path):
+    settings = dict(experiment='a', lr=.1, steps=5)
+    check_folder(tmp_path/'new', settings); check_folder(tmp_path, settings)
+    write_json(tmp_path/'config.json', settings)
+    check_folder(tmp_path, dict(settings, steps=9), resume=True)
+    with pytest.raises(VaderError, match='--resume'): check_folder(tmp_path, settings)
+    with pytest.raises(VaderError, match="its experiment is 'a', not 'b'"): check_folder(tmp_path, dict(settings, experiment='b'), resume=True)
+    (tmp_path/'config.json').write_text('{"experiment"')
+    with pytest.raises(VaderError): check_folder(tmp_path, settings, resume=True)
+    (tmp_path/'config.json').rename(tmp_path/'thesis.tex')
+    for resume in (False, True):
+        with pytest.raises(VaderError, match='holds other files'): check_folder(tmp_path, settings, resume)
+    with pytest.raises(VaderError, match='is a file'): check_folder(tmp_path/'thesis.tex', settings)
+
+def test_scores_are_means_over_prompts_and_judges_may_abstain():
+    judge = lambda video, prompts: dict(fox=torch.tensor([1. if 'fox' in p else torch.nan for p in prompts]), hat=torch.full((len(prompts),), torch.nan))
+    scores = evaluate(tiny_model(), bright(), PROMPTS, Config(**TINY), judge)
+    assert set(scores) == {'bright', 'reward', 'fox'} and scores['fox'] == 1
+    assert scores == evaluate(tiny_model(), bright(), PROMPTS, Config(**TINY), judge)
+
+def test_a_score_that_is_not_finite_is_told():
+    with pytest.raises(VaderError, match='bad is not finite'):
+        evaluate(tiny_model(), reward_from(lambda v, p: v.mean((1, 2, 3, 4)) / 0, 'bad'), PROMPTS, Config(**TINY))

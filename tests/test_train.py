@@ -1,0 +1,219 @@
+"The trainer: one process or two, killed or not, in good and bad weather; all on a tiny random model."
+import errno, json, os, signal, subprocess, sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest, torch
+from safetensors.torch import load_file
+from tiny_models import tiny_pipeline
+from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model
+from vader_nb import train
+from vader_nb.core import VaderError, generator
+from vader_nb.memory import add_lora, saved_bytes
+from vader_nb.reward import reward_from
+from vader_nb.rollout import sample
+from vader_nb.runs import checkpoints, read_lines
+from vader_nb.train import Config, check_gradient, fit, one_pass, optimizer_step, start, vader_step
+
+here = Path(__file__).parent
+LONG = dict(steps=5, save_every=2, accumulate=2)
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+    "A whole run with some chance in its reward."
+    folder = tmp_path_factory.mktemp('runs')/'unbroken'
+    return folder, list(tiny_fit(folder, chance=.01, changes=LONG))
+
+
+def timeless(folder, name='metrics.jsonl'):
+    return [{k: v for k, v in r.items() if k not in ('seconds', 'peak_memory')} for r in read_lines(folder/name)]
+
+def assert_equal_runs(a, b):
+    assert (a/'lora/adapter_model.safetensors').read_bytes() == (b/'lora/adapter_model.safetensors').read_bytes()
+    for name in ('metrics.jsonl', 'eval.jsonl'): assert timeless(a, name) == timeless(b, name)
+
+def command(*args): return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+# what a run writes
+
+def test_the_run_folder_is_complete(unbroken):
+    folder, records = unbroken
+    assert {p.name for p in folder.iterdir()} == {'config.json', 'metrics.jsonl', 'eval.jsonl', 'checkpoints', 'lora', 'samples', 'report.md', 'curve.png', 'tensorboard'}
+    assert {p.name for p in (folder/'samples').iterdir()} == {'before.gif', 'before.mp4', 'after.gif', 'after.mp4', 'strips.png'}
+    assert [p.name for p in checkpoints(folder)] == ['step_000004.pt', 'step_000005.pt']
+    assert all((folder/link).exists() for link in ('curve.png', 'samples/strips.png') if link in (folder/'report.md').read_text())
+    assert json.loads((folder/'config.json').read_text()) == asdict(Config(**TINY, **LONG))
+
+def test_each_step_has_its_line(unbroken):
+    folder, records = unbroken
+    assert read_lines(folder/'metrics.jsonl') == records and [r['step'] for r in records] == [1, 2, 3, 4, 5]
+    assert {'step', 'loss', 'reward', 'bright', 'reward_queries', 'denoiser_passes', 'seconds', 'peak_memory', 'gradient_norm'} == set(records[0])
+    assert all(r['loss'] == pytest.approx(-r['reward']) for r in records)
+    assert [r['step'] for r in read_lines(folder/'eval.jsonl')] == [0, 5]
+
+def test_tensorboard_has_the_curves(unbroken):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    log = EventAccumulator(str(unbroken[0]/'tensorboard')); log.Reload()
+    assert [e.step for e in log.Scalars('reward')] == [1, 2, 3, 4, 5]
+    assert [e.value for e in log.Scalars('reward')] == pytest.approx([r['reward'] for r in unbroken[1]])
+    assert [e.step for e in log.Scalars('held_out/reward')] == [0, 5]
+
+def test_a_plain_pipeline_takes_the_lora(unbroken):
+    from peft import PeftModel
+    from vader_nb.memory import load_lora
+    model, pipe = tiny_model(), tiny_pipeline()
+    load_lora(model, unbroken[0]/'lora')
+    for p in pipe.components.values(): getattr(p, 'eval', lambda: 0)()
+    pipe.unet = PeftModel.from_pretrained(pipe.unet, unbroken[0]/'lora')
+    pipe.set_progress_bar_config(disable=True)
+    ours = sample(model, PROMPTS[:1], 5, 4., seed=3)
+    theirs = pipe(PROMPTS[0], 16, 16, 4, 5, 4., latents=model.noise(1, generator=generator(3)), output_type='pt').frames
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+# killed and resumed
+
+def test_a_killed_run_goes_on_bit_for_bit(unbroken, tmp_path):
+    folder = tmp_path/'killed'
+    program = command(here/'tiny_run.py', folder, json.dumps(dict(LONG, chance=.01)))
+    while program.poll() is None and len(read_lines(folder/'metrics.jsonl')) < 3: time.sleep(.01)
+    program.send_signal(signal.SIGKILL); program.wait()
+    assert not (folder/'report.md').exists(), program.stderr.read()
+    with open(folder/'metrics.jsonl', 'a') as f: f.write('{"step": 4, "rewa')
+    assert list(tiny_fit(folder, chance=.01, changes=LONG, resume=True))[0]['step'] == 3
+    assert_equal_runs(unbroken[0], folder)
+
+@pytest.mark.parametrize('file', ['torch.save', 'vader_nb.runs.save_samples'])
+def test_stopped_in_an_awkward_moment(unbroken, tmp_path, monkeypatch, file):
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(file, stop)
+        with pytest.raises(KeyboardInterrupt): list(tiny_fit(tmp_path, chance=.01, changes=LONG))
+    list(tiny_fit(tmp_path, chance=.01, changes=LONG, resume=True))
+    assert_equal_runs(unbroken[0], tmp_path)
+
+def test_a_finished_run_can_be_taken_further(unbroken, tmp_path):
+    list(tiny_fit(tmp_path, chance=.01, changes=dict(LONG, steps=4)))
+    assert [r['step'] for r in tiny_fit(tmp_path, chance=.01, changes=LONG, resume=True)] == [5]
+    assert timeless(tmp_path) == timeless(unbroken[0])
+
+def test_a_loop_may_be_left(tmp_path):
+    model = tiny_model()
+    for record in tiny_fit(tmp_path, model, changes=LONG): break
+    assert type(model.denoiser).__name__ == 'PeftModel'
+
+
+# one process or two
+
+def test_two_processes_are_one(tmp_path):
+    changes = dict(steps=2, batch=4, accumulate=2, where='last', eta=1.)
+    port = str(29600 + os.getpid() % 300)
+    two = command('-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port', port, here/'tiny_run.py', tmp_path/'two', json.dumps(changes))
+    list(tiny_fit(tmp_path/'one', changes=changes))
+    assert two.wait() == 0, two.stderr.read()
+    one, two = [torch.load(checkpoints(tmp_path/n)[-1], weights_only=True)['optimizer']['state'] for n in ('one', 'two')]
+    largest = max(s['exp_avg'].abs().max() for s in one.values())
+    assert largest > 0 and all((one[i]['exp_avg'] - two[i]['exp_avg']).abs().max() < 1e-4 * largest for i in one)
+    for a, b in zip(timeless(tmp_path/'one'), timeless(tmp_path/'two')): assert a == pytest.approx(b, rel=1e-4)
+
+
+# a step
+
+def test_passes_add_up_to_their_mean(tmp_path):
+    config = Config(**TINY, accumulate=2)
+    def gradient(numbers, accumulate):
+        run = start(tiny_model(), replace(config, accumulate=accumulate), tmp_path)
+        for i in numbers: one_pass(run, vader_step, bright(), PROMPTS, i)
+        return torch.cat([p.grad.flatten() for p in run.weights.values()])
+    both, first, second = gradient([0, 1], 2), gradient([0], 1), gradient([1], 1)
+    assert torch.allclose(both, (first + second) / 2, atol=1e-6 * both.abs().max())
+
+def test_the_gradient_is_clipped(tmp_path):
+    run = start(tiny_model(), Config(**TINY, clip=1e-6), tmp_path)
+    one_pass(run, vader_step, bright(), PROMPTS, 0)
+    norm = train.clip_gradient(run)
+    assert norm > 1e-5 and torch.nn.utils.get_total_norm([p.grad for p in run.weights.values()]) == pytest.approx(1e-6, rel=1e-3)
+
+def test_everything_is_counted(tmp_path):
+    run = start(tiny_model(), Config(**TINY, where='last', accumulate=3), tmp_path)
+    record = optimizer_step(run, vader_step, bright(), PROMPTS)
+    assert record['reward_queries'] == 3 * 2 and record['denoiser_passes'] == 3 * 2 * 3 * 2  # passes, clips, T, both halves of guidance
+
+def test_dropout_never_runs(tmp_path):
+    seen = []
+    def step_fn(model, *args):
+        seen.append(any(m.training for m in model.denoiser.modules()))
+        return vader_step(model, *args)
+    list(tiny_fit(tmp_path, changes=dict(steps=2, save_every=1, eval_every=1), step_fn=step_fn))
+    assert seen == [False, False]
+
+def test_a_clip_reward_sees_all_frames():
+    model, seen = tiny_model(), []
+    add_lora(model, 2, 2)
+    def score(video, prompts): seen.append(video.shape[1]); return video.mean((1, 2, 3, 4))
+    for wants in ('frame', 'clip'): vader_step(model, reward_from(score, 'seen', wants), PROMPTS[:2], Config(**TINY), generator(0))
+    assert seen == [1, 4]
+
+def test_memory_does_not_grow_with_T(tmp_path):
+    run = start(tiny_model(), Config(**TINY, checkpointing=True), tmp_path)
+    kept = [saved_bytes(lambda: vader_step(run.model, bright(), PROMPTS[:2], replace(run.config, T=T, K=1, where='last'), generator(0))) for T in (2, 8)]
+    assert kept[0] > 0 and kept[1] <= kept[0] * 1.001
+
+def test_bf16_keeps_the_lora_in_float32(tmp_path):
+    run = start(tiny_model(), Config(**TINY, precision='bf16'), tmp_path)
+    seen = []
+    run.model.denoiser.base_model.model.conv_out.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    record = optimizer_step(run, vader_step, bright(), PROMPTS)
+    assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in run.weights.values()) and record['gradient_norm'] > 0
+
+
+# bad weather
+
+def breaks_in(step, fn):
+    calls = []
+    def score(video, prompts): calls.append(1); good = video.mean((1, 2, 3, 4)); return fn(good) if len(calls) > step else good
+    return reward_from(score, 'broken')
+
+@pytest.mark.parametrize('fn, words', [(lambda r: r / 0, 'broken is inf for'), (lambda r: r * torch.nan, 'broken is nan for'),
+                                       (lambda r: r + (r * 0).sqrt(), 'the gradient is not finite')])
+def test_what_is_not_finite_stops_the_run(tmp_path, fn, words):
+    with pytest.raises(VaderError, match=f'{words}.*step 4; the last good checkpoint is .*step_000002') as e:
+        list(fit(tiny_model(), breaks_in(3, fn), PROMPTS, Config(**TINY, steps=5, save_every=2), tmp_path))
+    assert '\n' not in str(e.value)
+    assert all(p.isfinite().all() for p in torch.load(checkpoints(tmp_path)[-1], weights_only=True)['lora'].values())
+
+def test_the_loss_scaler_may_skip_eight_steps():
+    weight = torch.nn.Parameter(torch.zeros(1)); weight.grad = torch.tensor([torch.inf])
+    run = SimpleNamespace(weights={'w': weight}, skipped=0, step=0, folder=here, accelerator=SimpleNamespace(scaler=object()))
+    for _ in range(8): check_gradient(run, torch.inf)
+    with pytest.raises(VaderError, match='1 weights, first w'): check_gradient(run, torch.inf)
+    run.skipped = 3; check_gradient(run, 1.); assert run.skipped == 0
+
+def test_no_space_left(tmp_path, monkeypatch):
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    steps = []
+    with monkeypatch.context() as m, pytest.raises(VaderError, match='No space left on device'):
+        for record in tiny_fit(tmp_path, changes=LONG):
+            steps.append(record['step'])
+            if record['step'] == 3: m.setattr('torch.save', full)
+    assert steps == [1, 2, 3] and [p.name for p in checkpoints(tmp_path)] == ['step_000002.pt'] and len(read_lines(tmp_path/'metrics.jsonl')) == 4
+    assert [r['step'] for r in tiny_fit(tmp_path, changes=LONG, resume=True)] == [3, 4, 5]
+
+@pytest.mark.parametrize('changes', [dict(K=0), dict(K=13), dict(T=0), dict(steps=-1), dict(steps=0), dict(steps=2.5), dict(lr=float('nan')), dict(lr=0), dict(where='end'),
+                                     dict(sampler='heun'), dict(precision='int8'), dict(scale='huge'), dict(decode=9), dict(eta=2.), dict(rank=True), dict(seed=-1), dict(clip=0.)])
+def test_a_config_that_makes_no_sense(changes):
+    with pytest.raises(VaderError) as e: Config(**changes)
+    assert next(iter(changes)) in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('changes, words', [(dict(height=20), 'multiples of 8'), (dict(precision='fp16'), 'fp16 needs a GPU')])
+def test_what_the_model_cannot_do_is_said_before_the_run(tmp_path, changes, words):
+    with pytest.raises(VaderError, match=words): list(tiny_fit(tmp_path/'run', changes=changes))
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('prompts', [[''], ['a panda riding a bike with a fox with a fox with a fox'], []])
+def test_prompts_are_checked_before_the_run(tmp_path, prompts):
+    with pytest.raises(VaderError): list(fit(tiny_model(), bright(), prompts, Config(**TINY), tmp_path/'run'))
+    assert not (tmp_path/'run').exists()
