@@ -86,6 +86,16 @@ def test_overshoot_is_fine(video):
 
 def test_half_precision_input(video): assert bright(video.half()).shape == (3,)
 
+def test_autocast_does_not_reach_a_reward(video):
+    class Net(Reward):
+        def __init__(self): super().__init__(); self.net = freeze(nn.Linear(16, 1))
+        def score(self, video, prompts, generator): return self.net(video).mean((1, 2, 3, 4))
+    net = Net()
+    scores = net(video)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal((2*net)(video), 2*scores)
+
+def test_meta_videos_pass(video): assert bright(video.to('meta')).shape == (3,)
+
 def test_frame_mean_subsets_are_unbiased(video):
     score = lambda x: x.square().mean((1, 2, 3))
     ones = torch.stack([frame_mean(score, video[:, [k]]) for k in range(4)])

@@ -6,6 +6,8 @@
 __all__ = ['check_video', 'Reward', 'Sum', 'reward_from', 'freeze', 'frame_mean', 'reward_gradient', 'check_reward']
 
 # %% ../nbs/13_reward.ipynb #03fc5432
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -57,7 +59,7 @@ class Reward(nn.Module):
               ):
         "Each term's unweighted score, as a dict from name to (b,)."
         check_video(video, prompts, self.min_frames, self.needs_prompts)
-        return {self.name: self.score(video, prompts, generator)}
+        with _own_precision(video): return {self.name: self.score(video, prompts, generator)}
 
     def combine(self, parts):
         "The reward (b,) from what `parts` returned: a logger needs both and must not score twice."
@@ -70,6 +72,10 @@ class Reward(nn.Module):
     def __add__(self, other): return Sum(_terms(self) + _terms(other))
     def __mul__(self, weight): return Sum([(weight * w, r) for w, r in _terms(self)])
     __rmul__ = __mul__
+
+def _own_precision(video):
+    "Switch off a trainer's autocast (which meta tensors know nothing of)."
+    return nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False)
 
 # %% ../nbs/13_reward.ipynb #80384706
 class Sum(Reward):
