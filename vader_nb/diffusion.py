@@ -7,13 +7,13 @@ __all__ = ['linear_betas', 'scaled_linear_betas', 'alpha_bars', 'add_noise', 'pe
            'v_target', 'x0_from_v', 'eps_from_v', 'to_x0_eps', 'prediction_target', 'denoising_loss', 'mixture_x0',
            'sigma_from_a', 'a_from_sigma', 'flow_mix', 'flow_target', 'x0_from_flow']
 
-# %% ../nbs/02_diffusion.ipynb #527fe808
+# %% ../nbs/02_diffusion.ipynb #4624b68b
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import check
 
-# %% ../nbs/02_diffusion.ipynb #39257a22
+# %% ../nbs/02_diffusion.ipynb #f78b29a7
 def linear_betas(
     start: float = 1e-4, # first beta
     end: float = .02,    # last beta
@@ -31,14 +31,14 @@ def scaled_linear_betas(
     "Noise rates whose square roots are evenly spaced, the schedule of latent diffusion ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752))."
     return torch.linspace(start**.5, end**.5, n) ** 2
 
-# %% ../nbs/02_diffusion.ipynb #35927f9d
+# %% ../nbs/02_diffusion.ipynb #f7a8d6d6
 def alpha_bars(
     betas: Tensor, # (n,) noise rates
 ) -> Tensor: # (n,) share of signal variance left at each timestep, falling from almost 1 towards 0
     "The table of alpha-bar: the running product of `1 - betas`."
     return (1 - betas).cumprod(0)
 
-# %% ../nbs/02_diffusion.ipynb #354923b0
+# %% ../nbs/02_diffusion.ipynb #75add636
 def add_noise(
     x0: Tensor,      # clean data, any shape
     eps: Tensor,     # unit Gaussian noise, same shape
@@ -47,7 +47,7 @@ def add_noise(
     "Equation 1: mix clean data with noise."
     return a**.5 * x0 + (1 - a)**.5 * eps
 
-# %% ../nbs/02_diffusion.ipynb #d92aa264
+# %% ../nbs/02_diffusion.ipynb #20c765e2
 def per_sample(
     table: Tensor, # (n,) one number per timestep
     t: Tensor,     # (b,) timesteps
@@ -56,7 +56,7 @@ def per_sample(
     "The table's entry for each sample's timestep, shaped to broadcast against `x`."
     return table.to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
 
-# %% ../nbs/02_diffusion.ipynb #d4374945
+# %% ../nbs/02_diffusion.ipynb #d29ba884
 def x0_from_eps(
     x_t: Tensor,     # noisy data
     eps: Tensor,     # the noise in it
@@ -74,7 +74,7 @@ def eps_from_x0(
     "Solve equation 1 for the noise."
     return (x_t - a**.5 * x0) / (1 - a)**.5
 
-# %% ../nbs/02_diffusion.ipynb #4d9fe212
+# %% ../nbs/02_diffusion.ipynb #8bfecc61
 def v_target(
     x0: Tensor,      # clean data
     eps: Tensor,     # unit Gaussian noise
@@ -101,7 +101,7 @@ def eps_from_v(
     "Turn on along the circle to the pure noise."
     return a**.5 * v + (1 - a)**.5 * x_t
 
-# %% ../nbs/02_diffusion.ipynb #574f2c35
+# %% ../nbs/02_diffusion.ipynb #9f2a37f9
 def to_x0_eps(
     x_t: Tensor,     # noisy data
     pred: Tensor,    # what the network said
@@ -126,7 +126,7 @@ def prediction_target(
     if prediction == 'v_prediction': return v_target(x0, eps, a)
     return eps if prediction == 'epsilon' else x0
 
-# %% ../nbs/02_diffusion.ipynb #9be15c93
+# %% ../nbs/02_diffusion.ipynb #089df7fa
 def denoising_loss(
     denoise,         # x_t -> prediction; timestep and condition are already bound
     x0: Tensor,      # (b, ...) clean data
@@ -137,7 +137,7 @@ def denoising_loss(
     "Equation 2: mean squared error between what the network predicts and what was mixed in."
     return F.mse_loss(denoise(add_noise(x0, eps, a)).float(), prediction_target(x0, eps, a, prediction).float())
 
-# %% ../nbs/02_diffusion.ipynb #31c13fc7
+# %% ../nbs/02_diffusion.ipynb #97496720
 def mixture_x0(
     x_t: Tensor,     # (b, d) noisy points
     a: Tensor|float, # alpha-bar, one number
@@ -150,7 +150,7 @@ def mixture_x0(
     weights = (-offset.square().sum(-1, keepdim=True) / (2 * var)).softmax(1)
     return (weights * (centers + a**.5 * std**2 / var * offset)).sum(1)
 
-# %% ../nbs/02_diffusion.ipynb #07d0160d
+# %% ../nbs/02_diffusion.ipynb #f2fb3bda
 def sigma_from_a(
     a: Tensor|float, # alpha-bar
 ) -> Tensor|float:
@@ -164,7 +164,7 @@ def a_from_sigma(
     "Alpha-bar of an EDM noise level; its square root is also the input scale c_in."
     return 1 / (sigma**2 + 1)
 
-# %% ../nbs/02_diffusion.ipynb #5214d4f3
+# %% ../nbs/02_diffusion.ipynb #3105df0b
 def flow_mix(
     x0: Tensor,          # clean data
     eps: Tensor,         # unit Gaussian noise
