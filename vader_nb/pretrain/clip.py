@@ -105,6 +105,6 @@ def main(argv=None):
             c.half().save_pretrained(d); tok.save_pretrained(d)
             write_card(d, 'Small CLIP', 'A `CLIPModel` trained on frames of the small world and their captions. Pictures are normalised as for every CLIP.',
                 dict(data='frames and captions drawn on the fly, all grades, 1 in 3 spoiled', steps=f'{step} of {a.steps}, batch 96', seed=0, command='python -m vader_nb.pretrain.clip'), quality(c.float(), tok))
-    pretrain(clip, lambda g: clip_loss(clip, tok, g), a.steps, a.out, lr=1e-3, weight_decay=.02, save_every=240, milestone=milestone)
+    pretrain(clip, lambda g, step: clip_loss(clip, tok, g), a.steps, a.out, lr=1e-3, weight_decay=.02, save_every=240, milestone=milestone)
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook

@@ -65,6 +65,6 @@ def main(argv=None):
             d.mkdir(parents=True); save_file({k: v.half() for k, v in j.state_dict().items()}, d / 'model.safetensors')
             write_card(d, 'Small judge', 'Answers what a clip of the small world shows, and rates its frames. For measuring only, never a reward.',
                 dict(data='clips drawn on the fly, all grades, 1 in 3 spoiled', steps=f'{step} of {a.steps}, batch 32', seed=1, command='python -m vader_nb.pretrain.judge'), quality(j))
-    pretrain(judge, lambda g: judge_loss(judge, g), a.steps, a.out, lr=2e-3, weight_decay=.01, seed=1, save_every=240, milestone=milestone)
+    pretrain(judge, lambda g, step: judge_loss(judge, g), a.steps, a.out, lr=2e-3, weight_decay=.01, seed=1, save_every=240, milestone=milestone)
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook

@@ -17,7 +17,7 @@ def lr_at(step, steps, lr, warmup=100, decay=.4):
     return lr * min((step + 1) / warmup, 1., max(steps - step, 0) / (decay * steps))
 
 def pretrain(model,     # nn.Module, trained in place
-             loss_fn,   # loss_fn(generator) -> (scalar loss, dict of numbers to log)
+             loss_fn,   # loss_fn(generator, step) -> (scalar loss, dict of numbers to log)
              steps,     # optimizer steps
              out,       # folder for `state.pt` and `metrics.jsonl`
              lr=1e-3, clip=1., ema=.999, weight_decay=1e-2, decay=.4,
@@ -42,7 +42,7 @@ def pretrain(model,     # nn.Module, trained in place
     model.train(); saved, t0, log = time.time(), time.time(), (out / 'metrics.jsonl').open('a')
     for step in range(first, steps):
         for gr in opt.param_groups: gr['lr'] = lr_at(step, steps, lr, decay=decay)
-        loss, rec = loss_fn(generator(seed * 10_000_019 + step))
+        loss, rec = loss_fn(generator(seed * 10_000_019 + step), step)
         check(bool(torch.isfinite(loss)), f'the loss is {loss.item()} at step {step}: lower the learning rate')
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
