@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_video', 'Reward', 'Sum', 'reward_from', 'freeze', 'frame_mean', 'reward_gradient', 'check_reward']
 
-# %% ../nbs/13_reward.ipynb #03fc5432
+# %% ../nbs/13_reward.ipynb #58c63081
 from contextlib import nullcontext
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from .core import VaderError, check, generator, randn, to_frames
 
-# %% ../nbs/13_reward.ipynb #7a8f4d86
+# %% ../nbs/13_reward.ipynb #75a4e22b
 def check_video(video,              # pixels (b, f, 3, h, w) in [0, 1], any float dtype
                 prompts=None,       # list of b prompts, or None
                 min_frames=1,       # the shortest clip that the reward can judge
@@ -40,7 +40,7 @@ def _check_pixels(video):
     check(finite == 1, f'{(1 - finite):.1%} of the pixels are not finite (nan or inf): the sampler or the decoder diverged')
     check(outside < .25, f'pixels must lie in [0, 1], but these go from {low:.3g} to {high:.3g}')
 
-# %% ../nbs/13_reward.ipynb #7129ab08
+# %% ../nbs/13_reward.ipynb #9b896d8d
 class Reward(nn.Module):
     "A differentiable judge of videos: higher is better, one number per video."
     name = 'reward'       # the name in logs
@@ -77,7 +77,7 @@ def _own_precision(video):
     "Switch off a trainer's autocast (which meta tensors know nothing of)."
     return nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False)
 
-# %% ../nbs/13_reward.ipynb #80384706
+# %% ../nbs/13_reward.ipynb #6179061c
 class Sum(Reward):
     "A weighted sum of rewards; `2*a + b` makes one."
     def __init__(self, terms # list of (weight, reward)
@@ -101,7 +101,7 @@ def _terms(x):
     check(isinstance(x, Reward), f'a reward can be added to a reward and multiplied by a number, but this is {_kind(x)}')
     return list(zip(x.weights, x.rewards)) if isinstance(x, Sum) else [(1, x)]
 
-# %% ../nbs/13_reward.ipynb #9407392f
+# %% ../nbs/13_reward.ipynb #85268cb3
 class _FromFunction(Reward):
     def __init__(self, fn, name, wants):
         super().__init__()
@@ -116,19 +116,19 @@ def reward_from(fn,           # function (video, prompts) -> (b,), differentiabl
     check(wants in ('frame', 'clip'), f"wants must be 'frame' or 'clip', not {wants!r}")
     return _FromFunction(fn, name, wants)
 
-# %% ../nbs/13_reward.ipynb #d235f58f
+# %% ../nbs/13_reward.ipynb #626c05d4
 def freeze(module):
     "Put `module` into eval mode and stop gradients for its weights; returns it."
     return module.eval().requires_grad_(False)
 
-# %% ../nbs/13_reward.ipynb #2c9a8784
+# %% ../nbs/13_reward.ipynb #2fe1f24c
 def frame_mean(score, # function (n, c, h, w) -> (n,)
                video  # (b, f, c, h, w)
                ):
     "Score every frame as a picture and take the mean over each video's frames: (b,)."
     return score(to_frames(video)).unflatten(0, video.shape[:2]).mean(1)
 
-# %% ../nbs/13_reward.ipynb #4c010c23
+# %% ../nbs/13_reward.ipynb #860ac9b8
 def reward_gradient(reward,        # a `Reward`
                     video,         # pixels (b, f, 3, h, w)
                     prompts=None,  # list of b prompts
@@ -141,7 +141,7 @@ def reward_gradient(reward,        # a `Reward`
     check(scores.requires_grad, f'{reward.name} is not differentiable: its scores carry no graph back to the pixels')
     return scores.detach(), torch.autograd.grad(scores.sum(), x)[0]
 
-# %% ../nbs/13_reward.ipynb #27096669
+# %% ../nbs/13_reward.ipynb #816020bd
 def _slope_error(reward, video, prompts, grad, seed):
     "Largest |finite difference - <grad, d>| / |grad| over videos, for one random direction `d`."
     d = randn(video.shape, generator(4242 + seed)).to(video)
@@ -154,7 +154,7 @@ def _alone(reward, video, prompts, order):
     pick = lambda idx: reward(video[idx], prompts and [prompts[i] for i in idx], generator(0))
     return torch.cat([pick([i]) for i in range(len(video))]), pick(order)[torch.tensor(order).argsort().to(video.device)]
 
-# %% ../nbs/13_reward.ipynb #dab1dc1f
+# %% ../nbs/13_reward.ipynb #4ed4d2c7
 def check_reward(reward,       # a `Reward`
                  video,        # pixels (b, f, 3, h, w), b >= 2 different videos
                  prompts=None, # list of b different prompts
