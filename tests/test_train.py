@@ -80,8 +80,9 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken, tmp_path):
     folder = tmp_path/'killed'
     program = command(here/'tiny_run.py', folder, json.dumps(dict(LONG, chance=.01)))
     while program.poll() is None and len(read_lines(folder/'metrics.jsonl')) < 3: time.sleep(.01)
-    program.send_signal(signal.SIGKILL); program.wait()
-    assert not (folder/'report.md').exists(), program.stderr.read()
+    program.send_signal(signal.SIGKILL)
+    assert program.wait() == -signal.SIGKILL, program.stderr.read()
+    assert not (folder/'report.md').exists()
     with open(folder/'metrics.jsonl', 'a') as f: f.write('{"step": 4, "rewa')
     assert list(tiny_fit(folder, chance=.01, changes=LONG, resume=True))[0]['step'] == 3
     assert_equal_runs(unbroken[0], folder)
@@ -135,7 +136,7 @@ def test_the_gradient_is_clipped(tmp_path):
     run = start(tiny_model(), Config(**TINY, clip=1e-6), tmp_path)
     one_pass(run, vader_step, bright(), PROMPTS, 0)
     norm = train.clip_gradient(run)
-    assert norm > 1e-5 and torch.nn.utils.get_total_norm([p.grad for p in run.weights.values()]) == pytest.approx(1e-6, rel=1e-3)
+    assert norm > 1e-5 and torch.nn.utils.get_total_norm([p.grad for p in run.weights.values()]) == pytest.approx(1e-6, rel=.01)
 
 def test_everything_is_counted(tmp_path):
     run = start(tiny_model(), Config(**TINY, where='last', accumulate=3), tmp_path)

@@ -7,13 +7,14 @@ __all__ = ['ACTIONS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'modelscope_full', 'E
            'action_prompts', 'find_experiment', 'experiment_config', 'own_device', 'load', 'run']
 
 # %% ../nbs/25_experiments.ipynb #6ea789ca
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 import torch
 from .core import check, pick_device
 from .evaluate import judge_clips
 from .memory import checkpoint_layers
 from .models.modelscope import load_modelscope
 from .rewards.aesthetic import load_aesthetic
+from .runs import check_folder
 from .train import Config, fit
 from .world import a_or_an, prompts as world_prompts
 
@@ -111,6 +112,7 @@ def run(
     **how,          # resume, wandb, progress: see `fit`
 ):
     "Run an experiment; yields a record per step, as `fit` does."
+    check_folder(folder, asdict(config), how.get('resume', False))  # before anything is loaded
     train, tests = find_experiment(config.experiment).prompts(config.scale)
     model, reward = load(config, device)
     yield from fit(model, reward, train, config, folder, tests, judge=judge_clips if config.scale == 'small' else None, **how)

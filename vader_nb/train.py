@@ -349,7 +349,7 @@ def close(run):
 # %% ../nbs/20_train.ipynb #0c369636
 def steps(run, step_fn, reward, prompts, tests, judge, progress):
     "The remaining steps of a run, each with its line and what is due after it."
-    look(run, reward, tests, judge, progress)
+    if run.step == 0: look(run, reward, tests, judge, progress)
     with tqdm(total=run.config.steps, initial=run.step, desc=run.config.experiment, disable=not progress) as bar:
         while run.step < run.config.steps:
             record = optimizer_step(run, step_fn, reward, prompts)
@@ -375,6 +375,7 @@ def fit(
 ):
     "Train a LoRA on `model`: yields a record per optimizer step and leaves a run folder. Raises `VaderError` where a person must decide."
     check_folder(folder, asdict(config), resume)
+    check(len(prompts) > 0, 'there are no training prompts: give at least one')
     for _, some in batches([*prompts, *tests], 8): model.encode(some, config.frames, config.height, config.width)  # complain now, not in an hour
     run = start(model, config, folder)
     main = run.accelerator.is_main_process
