@@ -133,5 +133,6 @@ def test_inputs_that_do_not_fit(model):
     with pytest.raises(VaderError, match='2 prompts'): model.predict(x[:1], 1, c)
     with pytest.raises(VaderError, match='latents must be'): model.predict(x[0], 1, c[0])
     with pytest.raises(VaderError, match='latents must be'): model.predict(x[:, :3], 1, c)
+    with pytest.raises(VaderError, match='5 axes'): model.predict(x, 1, c, torch.tensor([2., 3.]))
     with pytest.raises(VaderError, match='meta'): model.predict(x.to('meta'), 1, c)
     with pytest.raises(VaderError, match='meta'): model.predict(x, 1, c.to('meta'))

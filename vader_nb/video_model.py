@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Condition', 'check_prompts', 'check_frames', 'check_size', 'VideoModel']
 
-# %% ../nbs/06_video_model.ipynb #ca94a96b
+# %% ../nbs/06_video_model.ipynb #11ef209b
 from dataclasses import dataclass, field
 import torch
 from .core import check, from_frames, randn, swap_cf, to_frames
 from .samplers import sampler_from_config
 
-# %% ../nbs/06_video_model.ipynb #e8ebf8a9
+# %% ../nbs/06_video_model.ipynb #a48e3021
 @dataclass
 class Condition:
     "What the denoiser is told besides the latents and the time, for a batch of clips."
@@ -39,9 +39,9 @@ class Condition:
     def paired(self):
         "A batch of `2b`: first the unconditional half, then the conditional one."
         extra = {k: torch.cat([v, v]) for k, v in self.extra.items()}
-        return Condition(torch.cat([self.uncond, self.embeds]), self.uncond.repeat_interleave(2, 0), extra)
+        return Condition(torch.cat([self.uncond, self.embeds]), torch.cat([self.uncond, self.uncond]), extra)
 
-# %% ../nbs/06_video_model.ipynb #5f0c57b8
+# %% ../nbs/06_video_model.ipynb #a2e9d530
 def check_prompts(prompts):
     "The prompts as a list; raises `VaderError` unless each is a text with something in it."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -49,7 +49,7 @@ def check_prompts(prompts):
     for p in prompts: check(isinstance(p, str) and p.strip(), f'a prompt must be a text that is not empty, got {p!r}')
     return prompts
 
-# %% ../nbs/06_video_model.ipynb #649300ee
+# %% ../nbs/06_video_model.ipynb #bd46cefd
 def check_frames(frames, n):
     "The frame numbers `frames` (one or several) as a list; raises `VaderError` unless each lies in `0..n-1`."
     frames = torch.as_tensor(frames).reshape(-1).tolist()
@@ -57,7 +57,7 @@ def check_frames(frames, n):
           f'frames are {frames}, but a clip of {n} has whole numbers from 0 to {n-1}')
     return frames
 
-# %% ../nbs/06_video_model.ipynb #5dc292bc
+# %% ../nbs/06_video_model.ipynb #2eb61b8e
 def check_size(frames, height, width, scale):
     "Raise `VaderError` unless there is a frame and both sides are multiples of `scale`, the pixels per latent."
     check(isinstance(frames, int) and frames > 0, f'a clip needs 1 frame or more, got {frames}')
@@ -65,7 +65,7 @@ def check_size(frames, height, width, scale):
         check(isinstance(side, int) and side > 0 and side % scale == 0,
               f'a clip of {height}x{width} pixels does not fit this model: both must be multiples of {scale}')
 
-# %% ../nbs/06_video_model.ipynb #497aa424
+# %% ../nbs/06_video_model.ipynb #d6e84c25
 class VideoModel:
     "What this library knows of a base model; a subclass brings `embed`, `denoise` and `to_pixels`."
     name = 'video model'
@@ -109,17 +109,19 @@ class VideoModel:
         f, h, w = self.size(frames, height, width)
         return randn((n, self.latent_channels, f, h // self.vae_scale, w // self.vae_scale), generator, self.device)
 
-    def check_input(self, x_t, cond):
-        "Raise `VaderError` unless latents and condition fit each other and this model."
+    def check_input(self, x_t, cond, guidance):
+        "Raise `VaderError` unless latents, condition and guidance fit each other and this model."
         check(x_t.dim() == 5 and x_t.shape[1] == self.latent_channels,
               f'latents must be (b,{self.latent_channels},f,h,w), got {tuple(x_t.shape)}')
         check(len(x_t) == len(cond), f'{len(x_t)} latents came with {len(cond)} prompts: there must be one for each')
+        check(not torch.is_tensor(guidance) or guidance.dim() in (0, 5),
+              f'a guidance tensor must have 5 axes, like (b,1,1,1,1) or (1,1,f,1,1), got {tuple(getattr(guidance, "shape", ()))}')
         for v in (x_t, cond.embeds):
             check(v.device == self.device, f'{self.name} is on {self.device} but its input on {v.device}: move one of them')
 
     def predict(self, x_t, t, cond, guidance=1.):
         "What the denoiser predicts for latents `x_t` (b,c,f,h,w) at time `t`, under guidance; 1 means none, and one pass."
-        self.check_input(x_t, cond)
+        self.check_input(x_t, cond, guidance)
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         if not torch.is_tensor(guidance) and guidance == 1: return self.denoise(x_t, t, cond.embeds, **cond.extra)
         both = cond.paired()
