@@ -26,12 +26,14 @@ def run_experiment(
     args,  # with `experiment`, `scale`, `steps`, `seed`, `precision`, `out`, `resume`, `device`, `wandb`
 ):
     "Run an experiment and say where its report is."
+    from accelerate import PartialState
     from vader_nb.experiments import experiment_config, run
     asked = {k: v for k in ('steps', 'seed', 'precision') if (v := getattr(args, k)) is not None}
     config = experiment_config(args.experiment, args.scale, **asked)
     folder = Path(args.out or f'runs/{args.experiment}-{args.scale}-{config.seed}')
     for record in run(config, folder, args.device, resume=args.resume, wandb=args.wandb, progress=True): pass
-    print((folder/'report.md').read_text(encoding='utf8').split('![')[0].strip(), f'\n\nThe whole report: {folder}/report.md')
+    if PartialState().is_main_process: print(f'{(folder/"report.md").read_text(encoding="utf8").split("![")[0]}The whole report: {folder}/report.md')
+    PartialState().destroy_process_group()
 
 # %% ../nbs/26_cli.ipynb #fa286aad
 BASES = dict(modelscope='load_modelscope')  # name -> function of vader_nb.models.NAME
