@@ -107,7 +107,7 @@ def test_the_map_leads_to_real_headings():
     assert not [(p, a) for p, a in links if a not in [h.strip().replace(' ', '-') for h in heads(read(root/'nbs'/p))]]
 
 
-@pytest.mark.skipif(not (root/'vader_nb/checkpoints/modelscope').exists(), reason='the small ModelScope is not there yet')
+@pytest.mark.skipif(not (root/'vader_nb/checkpoints/modelscope/unet').exists(), reason='the small ModelScope is not there yet')
 def test_the_example_of_the_index_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example, = [s for s in code(root/'nbs/index.ipynb') if 'fit(' in s]
