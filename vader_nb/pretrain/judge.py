@@ -55,7 +55,7 @@ def quality(judge, n=600, seed=1_000_003):
     return res
 
 def main(argv=None):
-    ap = argparse.ArgumentParser(); ap.add_argument('--steps', type=int, default=2500); ap.add_argument('--out', default='runs/zoo/judge'); ap.add_argument('--to', default='vader_nb/checkpoints/judge')
+    ap = argparse.ArgumentParser(); ap.add_argument('--steps', type=int, default=1500); ap.add_argument('--out', default='runs/zoo/judge'); ap.add_argument('--to', default='vader_nb/checkpoints/judge')
     a = ap.parse_args(argv)
     torch.manual_seed(1); judge = Judge()
     def milestone(state, step):

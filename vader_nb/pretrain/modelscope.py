@@ -50,7 +50,7 @@ def embed(texts, clip, tok):
 # %% ../../nbs/zoo/04_modelscope.ipynb #c40ec629
 class Batches:
     "Random batches of (latents, text embeddings) from the chunks; more chunks come into play as the training goes on."
-    def __init__(self, out, vae, clip, tok, chunks=24, batch=16):
+    def __init__(self, out, vae, clip, tok, chunks=16, batch=16):
         self.out, self.vae, self.clip, self.tok, self.chunks, self.batch, self.data = out, vae, clip, tok, chunks, batch, []
         self.empty = embed([''], clip, tok)
 
@@ -114,8 +114,8 @@ def measure(folder):
 def main(argv=None):
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
-    ap = argparse.ArgumentParser(); ap.add_argument('--steps', type=int, default=6500); ap.add_argument('--out', default='runs/zoo/modelscope'); ap.add_argument('--to', default='vader_nb/checkpoints/modelscope')
-    ap.add_argument('--vae', default='vader_nb/checkpoints/modelscope/vae'); ap.add_argument('--clip', default='vader_nb/checkpoints/clip'); ap.add_argument('--chunks', type=int, default=24); ap.add_argument('--draw', type=int, help='only draw and encode the first N chunks'); ap.add_argument('--measure', action='store_true', help='only let the judges look at the checkpoint at --to, and complete its card')
+    ap = argparse.ArgumentParser(); ap.add_argument('--steps', type=int, default=5800); ap.add_argument('--out', default='runs/zoo/modelscope'); ap.add_argument('--to', default='vader_nb/checkpoints/modelscope')
+    ap.add_argument('--vae', default='vader_nb/checkpoints/modelscope/vae'); ap.add_argument('--clip', default='vader_nb/checkpoints/clip'); ap.add_argument('--chunks', type=int, default=16); ap.add_argument('--draw', type=int, help='only draw and encode the first N chunks'); ap.add_argument('--measure', action='store_true', help='only let the judges look at the checkpoint at --to, and complete its card')
     a = ap.parse_args(argv)
     if a.measure: return measure(a.to)
     Path(a.out).mkdir(parents=True, exist_ok=True)
