@@ -7,23 +7,29 @@ __all__ = ['QUESTIONS', 'Judge', 'load_judge', 'judge_clips', 'judge_means']
 
 # %% ../nbs/24_evaluate.ipynb #54b3bd0c
 from functools import lru_cache
-from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
-from .core import check
+from .core import VaderError, check, to_frames
 from .world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, parse, rate
+from .zoo import model_path
 
 # %% ../nbs/24_evaluate.ipynb #fb364d8d
 QUESTIONS = dict(animal=len(ANIMALS), activity=len(ACTIVITIES), obj=len(OBJECTS), colour=len(COLOURS), hat=2)
 
 class _Block(nn.Module):
+    "Halve the picture, then look once more."
     def __init__(self, i, o):
         super().__init__()
-        self.down, self.n1, self.conv, self.n2 = nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.Conv2d(o, o, 3, 1, 1), nn.GroupNorm(8, o)
-    def forward(self, x): x = F.silu(self.n1(self.down(x))); return x + F.silu(self.n2(self.conv(x)))
+        self.down, self.n1 = nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o)
+        self.conv, self.n2 = nn.Conv2d(o, o, 3, 1, 1), nn.GroupNorm(8, o)
+    def forward(self, x):
+        x = F.silu(self.n1(self.down(x)))
+        return x + F.silu(self.n2(self.conv(x)))
 
 class Judge(nn.Module):
     "Answers about clips (b, f, 3, h, w) in [0, 1], any size and length: a dict of logits (b, answers) and `rating` (b,), 1 to 10."
-    def __init__(self, widths=(24, 48, 96, 128)):
+    def __init__(self,
+                 widths=(24, 48, 96, 128) # channels as the frame is halved
+                ):
         super().__init__()
         self.frame = nn.Sequential(*[_Block(i, o) for i, o in zip((3, *widths), widths)])
         d = widths[-1]
@@ -31,40 +37,45 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({k: nn.Linear(256, n) for k, n in QUESTIONS.items()})
         self.rating = nn.Sequential(nn.Linear(2 * d, 64), nn.SiLU(), nn.Linear(64, 1))
 
-    def forward(self, video):
-        b, f = video.shape[:2]
-        x = video.flatten(0, 1)
+    def look(self, video):
+        "What each frame shows (b, f, 2d): mean and largest answer of every channel."
+        x = to_frames(video)
         if x.shape[-2:] != (64, 64): x = F.interpolate(x, (64, 64), mode='bilinear', antialias=True, align_corners=False)
         x = self.frame(2 * x - 1)
-        x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).view(b, f, -1)
-        change = (x[:, 1:] - x[:, :-1]).abs().mean(1)[:, :x.shape[2] // 2] if f > 1 else x[:, 0, :x.shape[2] // 2] * 0
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).unflatten(0, video.shape[:2])
+
+    def forward(self, video):
+        x = self.look(video)
+        means = x[..., :x.shape[-1] // 2]
+        change = means.diff(dim=1).abs().mean(1) if x.shape[1] > 1 else 0 * means[:, 0]
         h = self.body(torch.cat([x.mean(1), x.std(1, unbiased=False), change], 1))
         return {**{k: head(h) for k, head in self.heads.items()}, 'rating': 5.5 + 2 * self.rating(x).mean(1)[:, 0]}
 
 @lru_cache
 def load_judge():
-    "The small trained judge, frozen. (There is no judge for real videos: the paper asked people.)"
+    "The small trained judge, frozen. (There is no judge for real videos: the paper asked people.) Raises `VaderError` if its file is damaged."
     from safetensors.torch import load_file
-    from vader_nb.zoo import model_path
-    j = Judge(); j.load_state_dict({k: v.float() for k, v in load_file(Path(model_path('judge')) / 'model.safetensors').items()})
-    return j.eval().requires_grad_(False)
+    file, judge = model_path('judge') / 'model.safetensors', Judge()
+    try: judge.load_state_dict(load_file(file))
+    except Exception as e: raise VaderError(f'{file} is not the judge ({str(e).splitlines()[0]}): install the package again') from e
+    return judge.eval().requires_grad_(False)
 
 # %% ../nbs/24_evaluate.ipynb #29bcdccc
 @torch.no_grad()
 def judge_clips(video,   # (b, f, 3, h, w) in [0, 1]
                 prompts  # b captions of the small world
-               ):        # dict of (b,) tensors: 1 right, 0 wrong, nan not asked; and the two ratings
-    "Per clip: does it show what its prompt asks (`animal`, `activity`, `obj`, `colour`, `hat`), the rater's `rating` and the `rule`'s. Raises `VaderError` for another number of prompts."
-    check(len(prompts) == len(video), f'{len(prompts)} prompts for {len(video)} videos: give one each')
+               ):        # dict of (b,): for each of `QUESTIONS` 1 right, 0 wrong, nan not asked; then `rating` and `rule`
+    "Does each clip show what its prompt asks, and how does it rate, by the rater and by the rule? Raises `VaderError` for another number of prompts."
+    check(not isinstance(prompts, str) and len(prompts) == len(video), f'give {len(video)} clips a list of {len(video)} prompts, not {prompts!r}')
     video = video.float().cpu().clamp(0, 1)
-    out = load_judge()(video)
-    asked = [parse(p) for p in prompts]
-    res = {}
-    for k in QUESTIONS:
-        want, got = torch.tensor([a[k] for a in asked]), out[k].argmax(1)
-        res[k] = torch.where(want < 0, torch.nan, (got == want).float())
-    return dict(res, rating=out['rating'], rule=rate(video))
+    asked, out = [parse(p) for p in prompts], load_judge()(video)
+    def right(k):
+        want = torch.tensor([a[k] for a in asked])
+        return torch.where(want < 0, torch.nan, (out[k].argmax(1) == want).float())
+    return dict({k: right(k) for k in QUESTIONS}, rating=out['rating'], rule=rate(video))
 
-def judge_means(video, prompts):
+def judge_means(video,   # (b, f, 3, h, w) in [0, 1]
+                prompts  # b captions of the small world
+               ):
     "Means of `judge_clips` over the clips as a dict of numbers; questions that no prompt asks are left out."
     return {k: v.nanmean().item() for k, v in judge_clips(video, prompts).items() if not v.isnan().all()}

@@ -6,7 +6,7 @@
 __all__ = ['ANIMALS', 'ACTIVITIES', 'CORE', 'LOOKALIKE', 'OBJECTS', 'COLOURS', 'GRADES', 'NAMES', 'PALETTE', 'FACES', 'HEADS',
            'BODIES', 'HAT', 'FOODS', 'THINGS', 'HAT_NOISE', 'FOOD_NOISE', 'SPOILS', 'TRAIN_ANIMALS', 'TEST_ANIMALS',
            'PROMPT_SETS', 'Scene', 'scenes', 'signed_distance', 'layout', 'draw', 'a_or_an', 'caption', 'captions',
-           'noisy_labels', 'spoil', 'frame_stats', 'rate', 'label', 'prompts', 'parse', 'start_images']
+           'noisy_labels', 'spoil', 'spoil_some', 'frame_stats', 'rate', 'label', 'prompts', 'parse', 'start_images']
 
 # %% ../nbs/04_world.ipynb #385bac26
 import math
@@ -372,6 +372,18 @@ def spoil(video,     # (n, f, 3, h, w)
     if kind == 'pixels': x = soften(4, 10, 'nearest')
     if kind == 'waves': x = _bend(x, .18 * k, g)
     return x.clamp(0, 1)
+
+def spoil_some(video,    # (n, f, 3, h, w)
+               kinds,    # (n,) index into `SPOILS` for each clip, -1: leave it as it is
+               strength, # (n,) in [0, 1]
+               g         # `torch.Generator`
+              ):         # same shape
+    "A batch of clips, each spoiled in its own way."
+    x = video.clone()
+    for i, kind in enumerate(SPOILS):
+        m = kinds == i
+        if m.any(): x[m] = spoil(video[m], kind, strength[m], g)
+    return x
 
 def _bend(x, strength, g):
     "Bend the frames of clips by smooth random shifts; strength (n, 1, 1, 1, 1) in half frame sizes."

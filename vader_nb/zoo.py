@@ -6,6 +6,7 @@
 __all__ = ['CHECKPOINTS', 'Checkpoint', 'model_path', 'card', 'parameters']
 
 # %% ../nbs/05_zoo.ipynb #f4aeca8a
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from .core import VaderError, check, read_json
@@ -22,11 +23,12 @@ class Checkpoint:
     licence: str = ''     # of the full weights
 
 CHECKPOINTS = dict(
-    modelscope=Checkpoint('text-to-video diffusion model (a `TextToVideoSDPipeline` folder)', 'modelscope', 'ali-vilab/text-to-video-ms-1.7b',
-        ('*.json', 'tokenizer/*', '*.fp16.safetensors'), '3.8 GB', 'CC BY-NC 4.0'),
+    modelscope=Checkpoint('text-to-video diffusion model (a `TextToVideoSDPipeline` folder)', 'modelscope',
+        'ali-vilab/text-to-video-ms-1.7b', ('*.json', 'tokenizer/*', '*.fp16.safetensors'), '3.8 GB', 'CC BY-NC 4.0'),
     vae=Checkpoint('image autoencoder, shared by the small base models', 'modelscope/vae'),
     clip=Checkpoint('CLIP, images and text', 'clip', 'openai/clip-vit-large-patch14', ('*.json', 'merges.txt', 'model.safetensors'), '1.7 GB', 'MIT'),
-    aesthetic=Checkpoint('aesthetic head on CLIP image embeddings (LAION v2)', 'aesthetic', 'trl-lib/ddpo-aesthetic-predictor', ('aesthetic-model.pth',), '4 MB', 'Apache-2.0'),
+    aesthetic=Checkpoint('aesthetic head on CLIP image embeddings (LAION v2)', 'aesthetic',
+        'trl-lib/ddpo-aesthetic-predictor', ('aesthetic-model.pth',), '4 MB', 'Apache-2.0'),
     judge=Checkpoint('what a clip shows, and a second rating: for measuring only', 'judge'))
 
 # %% ../nbs/05_zoo.ipynb #c29c43fc
@@ -38,28 +40,31 @@ def model_path(name,          # one of `CHECKPOINTS`
     check(scale in ('small', 'full'), f"unknown scale {scale!r}: use 'small' or 'full'")
     c = CHECKPOINTS[name]
     if scale == 'full': return _fetch(name, c)
+    check(bool(c.small), f"{name} exists only at the full scale: use scale='full'")
     folder = Path(__file__).parent / 'checkpoints' / c.small
     check(folder.is_dir(), f'the small {name} checkpoint is missing at {folder}: install the package again (pip install --force-reinstall vader_nb)')
     return folder
 
 def _fetch(name, c):
+    "The folder of the full weights in the Hugging Face cache, downloaded if need be."
     check(bool(c.hub), f"{name} exists only at the small scale: use scale='small'")
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(c.hub, allow_patterns=list(c.files)))
     except Exception as e:
-        raise VaderError(f"{name} needs {c.hub} ({c.size}), which is not in the cache and cannot be fetched ({type(e).__name__}): connect to the hub, "
-                         f"or use the small {name}, which comes with the package (scale='small')") from e
+        small = f", or use the small {name}, which comes with the package (scale='small')" if c.small else ''
+        raise VaderError(f'{name} needs {c.hub} ({c.size}), which is not in the cache and cannot be fetched ({type(e).__name__}): connect to the hub{small}') from e
 
 # %% ../nbs/05_zoo.ipynb #ca99bfbf
-def card(name):
-    "Model card of a small checkpoint as a dict with `title`, `training` and `quality`."
+def card(name): # one of `CHECKPOINTS`
+    "Model card of a small checkpoint: a dict with `title`, `training` and `quality`."
     return read_json(model_path(name) / 'card.json')
 
-def parameters(name):
-    "Number of weights in a small checkpoint's own safetensors files, and their size in bytes."
+def _numbers(file):
+    "How many numbers a safetensors file holds; reads only its header."
     from safetensors import safe_open
-    files = [f for f in model_path(name).rglob('*.safetensors')]
-    total = 0
-    for f in files:
-        with safe_open(f, 'pt') as s: total += sum(s.get_tensor(k).numel() for k in s.keys())
-    return total, sum(f.stat().st_size for f in files)
+    with safe_open(file, 'pt') as f: return sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+
+def parameters(name): # one of `CHECKPOINTS`
+    "Number of weights in all safetensors files of a small checkpoint's folder, and their size in bytes."
+    files = list(model_path(name).rglob('*.safetensors'))
+    return sum(map(_numbers, files)), sum(f.stat().st_size for f in files)

@@ -7,31 +7,35 @@ __all__ = ['SCHEDULER', 'SIZES', 'ABOUT', 'INDEX', 'make_unet', 'chunk', 'embed'
            'write_pipeline', 'measure', 'main']
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #3066b224
-import argparse
 from pathlib import Path
 import torch
 from ..core import atomic_path, generator, read_json, write_json
 from ..diffusion import add_noise, alpha_bars, scaled_linear_betas
 from ..evaluate import judge_clips
-from ..models.modelscope import load_modelscope, load_net
+from ..models.modelscope import load_net, native_sizes, open_modelscope
 from ..rollout import sample
 from ..world import ANIMALS, CORE, LOOKALIKE, caption, captions, draw, noisy_labels, scenes
-from .loop import pretrain, write_card
+from .loop import options, pretrain, write_card
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #34337468
-SCHEDULER = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
+SCHEDULER = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,
+                 set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
 
 def make_unet():
     "The small `UNet3DConditionModel`: latents (b, 4, f, h/8, w/8), text (b, tokens, 64)."
     from diffusers import UNet3DConditionModel
-    return UNet3DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=64, attention_head_dim=8, norm_num_groups=4,
-        down_block_types=('CrossAttnDownBlock3D', 'DownBlock3D'), up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D'))
+    return UNet3DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+                                cross_attention_dim=64, attention_head_dim=8, norm_num_groups=4,
+                                down_block_types=('CrossAttnDownBlock3D', 'DownBlock3D'), up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D'))
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #bfdacc9a
 SIZES = [64, 64, 64, 32, 64, 64, 64, 48, 64, 64, 64, 96]
 
 @torch.no_grad()
-def chunk(i, out, vae, n=1024):
+def chunk(i,   # its number
+          out, # folder of the files
+          vae, # the small `AutoencoderKL`
+          n=1024):
     "Latents (n, 4, 8, h, w) of chunk `i` and the captions the denoiser is told; from its file, or drawn and filed."
     f, size = Path(out) / f'latents_{i:03d}.pt', SIZES[i % 12]
     if not f.exists():
@@ -42,7 +46,7 @@ def chunk(i, out, vae, n=1024):
     return torch.load(f, weights_only=True)
 
 @torch.no_grad()
-def embed(texts, clip, tok):
+def embed(texts, clip, tok): # n captions, a `CLIPTextModel`, its tokenizer
     "Text tower's last hidden states (n, tokens, 64), what the pipeline feeds the denoiser."
     ids = tok(list(texts), padding='max_length', truncation=True, return_tensors='pt').input_ids
     return torch.cat([clip(i).last_hidden_state for i in ids.split(256)])
@@ -50,30 +54,39 @@ def embed(texts, clip, tok):
 # %% ../../nbs/zoo/04_modelscope.ipynb #c40ec629
 class Batches:
     "Random batches of (latents, text embeddings) from the chunks; more chunks come into play as the training goes on."
-    def __init__(self, out, vae, clip, tok, chunks=16, batch=16):
+    def __init__(self, out, vae,   # as for `chunk`
+                 clip, tok,        # as for `embed`
+                 chunks=16,        # how many there are
+                 batch=16):        # clips of up to 64 pixels in a batch; half as many larger ones
         self.out, self.vae, self.clip, self.tok, self.chunks, self.batch, self.data = out, vae, clip, tok, chunks, batch, []
         self.empty = embed([''], clip, tok)
 
     def load(self):
+        "Bring the next chunk into play; each caption is embedded once."
         z, text = chunk(len(self.data), self.out, self.vae)
         unique = sorted(set(text)); index = {t: i for i, t in enumerate(unique)}
         self.data.append((z, embed(unique, self.clip, self.tok), torch.tensor([index[t] for t in text])))
 
-    def __call__(self, g, ready):
+    def __call__(self, g, # `torch.Generator`
+                 ready    # how many chunks are in play
+                ):
         while len(self.data) < min(self.chunks, ready): self.load()
         z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
         i = torch.randint(len(z), (self.batch if z.shape[-1] <= 8 else self.batch // 2,), generator=g)
         text = torch.where(torch.rand(len(i), 1, 1, generator=g) < .1, self.empty, table[index[i]])
         return z[i].float(), text
 
-def unet_loss(unet, batches, g, ready, abar=alpha_bars(scaled_linear_betas())):
+def unet_loss(unet, batches, # network and `Batches`
+              g, ready,      # as for `Batches`
+              abar=alpha_bars(scaled_linear_betas())):
     "Min-SNR weighted squared error of eps on one random batch."
     x0, text = batches(g, ready)
     t = torch.randint(1000, (len(x0),), generator=g); eps = torch.randn(x0.shape, generator=g)
     a = abar[t].float().view(-1, 1, 1, 1, 1)
     err = (unet(add_noise(x0, eps, a), t, encoder_hidden_states=text).sample - eps).pow(2).mean((1, 2, 3, 4))
     snr = (a / (1 - a)).flatten()
-    return (err * snr.clamp(max=5) / snr).mean() * 2, dict(mse=err.detach().mean(), late=err.detach()[t < 200].mean() if (t < 200).any() else 0., size=8 * x0.shape[-1])
+    late = err.detach()[t < 200].mean() if (t < 200).any() else 0.
+    return (err * snr.clamp(max=5) / snr).mean() * 2, dict(mse=err.detach().mean(), late=late, size=8 * x0.shape[-1])
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #b3e2ea0b
 def exam():
@@ -83,22 +96,27 @@ def exam():
     food = [caption(a, c) for c in LOOKALIKE for a in ANIMALS]
     return [core[i % 36] for i in range(120)] + [hats[i % 36] for i in range(40)] + [food[i % 24] for i in range(40)]
 
-def quality(model, steps=25, guidance=4., seed=0, prompts=None):
-    "What the judges say of the samples of a small text-to-video model."
-    prompts = prompts or exam()
-    video = torch.cat([sample(model, prompts[i:i + 20], steps, guidance, seed=seed + i) for i in range(0, len(prompts), 20)])
-    got = judge_clips(video, prompts)
-    core, hats, food = slice(0, 120), slice(120, 160), slice(160, 200)
-    share = lambda k, m: f"{got[k][m].nanmean().item():.1%}"
-    return video, {'core activity': share('activity', core), 'animal': share('animal', core), 'asked hat': share('hat', hats), 'look-alike action': share('activity', food),
-                   'rating by the rater': round(got['rating'].mean().item(), 2), 'rating by the rule': round(got['rule'].mean().item(), 2), 'guidance': guidance, 'DDIM steps': steps}
+def quality(model,     # a small text-to-video `VideoModel`
+            steps=25, guidance=4., seed=0):
+    "Samples of the exam (200, f, 3, h, w), and what the judges say of them as a dict."
+    prompts = exam()
+    video = torch.cat([sample(model, prompts[i:i + 20], steps, guidance, seed=seed + i) for i in range(0, 200, 20)])
+    got, core, hats, food = judge_clips(video, prompts), slice(0, 120), slice(120, 160), slice(160, 200)
+    share = lambda k, m: f'{got[k][m].nanmean().item():.1%}'
+    mean = lambda k: round(got[k].mean().item(), 2)
+    return video, {'core activity': share('activity', core), 'animal': share('animal', core), 'asked hat': share('hat', hats),
+                   'look-alike action': share('activity', food), 'rating by the rater': mean('rating'), 'rating by the rule': mean('rule'),
+                   'guidance': guidance, 'DDIM steps': steps}
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #e4b56072
 ABOUT = 'A `UNet3DConditionModel` that draws dull clips of the small world from noisy captions; uses the small VAE and the text tower of the small CLIP.'
-INDEX = dict(_class_name='TextToVideoSDPipeline', _diffusers_version='0.30.0', scheduler=['diffusers', 'DDIMScheduler'], text_encoder=['transformers', 'CLIPTextModel'],
-             tokenizer=['transformers', 'CLIPTokenizer'], unet=['diffusers', 'UNet3DConditionModel'], vae=['diffusers', 'AutoencoderKL'])
+INDEX = dict(_class_name='TextToVideoSDPipeline', _diffusers_version='0.30.0', unet=['diffusers', 'UNet3DConditionModel'],
+             vae=['diffusers', 'AutoencoderKL'], scheduler=['diffusers', 'DDIMScheduler'],
+             text_encoder=['transformers', 'CLIPTextModel'], tokenizer=['transformers', 'CLIPTokenizer'])
 
-def write_pipeline(unet, clip, tok, folder):
+def write_pipeline(unet, clip, tok, # in the precision to be written
+                   folder           # that holds the VAE
+                  ):
     "Write denoiser, text tower, tokenizer and scheduler beside the VAE, so that the folder is a `TextToVideoSDPipeline`'s."
     from diffusers import DDIMScheduler
     folder = Path(folder)
@@ -106,29 +124,32 @@ def write_pipeline(unet, clip, tok, folder):
         with atomic_path(folder / name) as d: part.save_pretrained(d)
     write_json(folder / 'model_index.json', INDEX)
 
-def measure(folder):
-    "Complete the model card of the small ModelScope with what the judges say."
+def measure(folder): # of a small ModelScope
+    "Complete its model card with what the judges say."
     card = read_json(Path(folder) / 'card.json')
-    write_card(folder, card['title'], ABOUT, card['training'], quality(load_modelscope('small'))[1])
+    write_card(folder, card['title'], ABOUT, card['training'], quality(open_modelscope(folder, native_size=native_sizes['small']))[1])
+
+def _publish(state, step, clip, tok, a):
+    "Write averaged weights as a pipeline with its card."
+    unet = make_unet(); unet.load_state_dict(state)
+    write_pipeline(unet.half(), clip, tok, a.to)
+    facts = dict(data=f'{a.chunks} x 1024 dull clips of 8 frames, 32 to 96 pixels, noisy captions, 10% dropped', steps=f'{step} of {a.steps}, batch 16',
+                 seed=2, command='python -m vader_nb.pretrain.modelscope')
+    write_card(a.to, 'Small ModelScope', ABOUT, facts, {})
 
 def main(argv=None):
+    "Train the denoiser; `--draw N` only draws and encodes N chunks; `--measure` only lets the judges look at what stands at `--to`."
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
-    ap = argparse.ArgumentParser(); ap.add_argument('--steps', type=int, default=5800); ap.add_argument('--out', default='runs/zoo/modelscope'); ap.add_argument('--to', default='vader_nb/checkpoints/modelscope')
-    ap.add_argument('--vae', default='vader_nb/checkpoints/modelscope/vae'); ap.add_argument('--clip', default='vader_nb/checkpoints/clip'); ap.add_argument('--chunks', type=int, default=16); ap.add_argument('--draw', type=int, help='only draw and encode the first N chunks'); ap.add_argument('--measure', action='store_true', help='only let the judges look at the checkpoint at --to, and complete its card')
-    a = ap.parse_args(argv)
+    a = options(argv, main.__doc__, steps=5800, out='runs/zoo/modelscope', to='vader_nb/checkpoints/modelscope', chunks=16, draw=0, measure=False,
+                vae='vader_nb/checkpoints/modelscope/vae', clip='vader_nb/checkpoints/clip')
     if a.measure: return measure(a.to)
-    Path(a.out).mkdir(parents=True, exist_ok=True)
     vae, clip, tok = load_net(AutoencoderKL, a.vae), load_net(CLIPTextModel, a.clip), CLIPTokenizer.from_pretrained(a.clip)
-    half_clip = load_net(CLIPTextModel, a.clip, torch.float16)
-    if a.draw: return [chunk(i, a.out, vae) for i in range(a.draw)] and None
+    for i in range(a.draw): chunk(i, a.out, vae)
+    if a.draw: return
     torch.manual_seed(2); unet = make_unet()
-    batches = Batches(a.out, vae, clip, tok, a.chunks)
-    def milestone(state, step):
-        u = make_unet(); u.load_state_dict(state)
-        write_pipeline(u.half(), half_clip, tok, a.to)
-        write_card(a.to, 'Small ModelScope', ABOUT,
-                dict(data=f'{a.chunks} x 1024 dull clips of 8 frames, 32 to 96 pixels, noisy captions, 10% dropped', steps=f'{step} of {a.steps}, batch 16', seed=2, command='python -m vader_nb.pretrain.modelscope'), {})
-    pretrain(unet, lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40), a.steps, a.out, lr=1.5e-3, seed=2, save_every=240, milestone=milestone)
+    batches, half_clip = Batches(a.out, vae, clip, tok, a.chunks), load_net(CLIPTextModel, a.clip, torch.float16)
+    pretrain(unet, lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40), a.steps, a.out, lr=1.5e-3, seed=2, save_every=240,
+             milestone=lambda w, step: _publish(w, step, half_clip, tok, a))
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
