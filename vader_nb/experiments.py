@@ -71,7 +71,7 @@ modelscope_full = dict(steps=300, batch=1, accumulate=16, lr=2e-4, rank=16, alph
 
 EXPERIMENTS = {
     'modelscope-aesthetic': Experiment('Figures 6 and 7, Table 1', 'ModelScope learns to please the aesthetic predictor', load_modelscope, load_aesthetic,
-                                       action_prompts, dict(steps=60, lr=1e-3, T=12, K=4, guidance=3.), modelscope_full),
+                                       action_prompts, dict(steps=40, lr=2e-3, T=12, K=6, guidance=4., eval_every=10), modelscope_full),
 }
 
 # %% ../nbs/25_experiments.ipynb #22c4a028

@@ -1,0 +1,44 @@
+"The named experiments: settings that make sense at both scales, prompts that are kept apart."
+import pytest
+from vader_nb.core import VaderError
+from vader_nb.experiments import ACTIONS, COMMON_ANIMALS, EXPERIMENTS, TEST_ACTIVITIES, action_prompts, activity_prompts, experiment_config, find_experiment, run, spread
+
+both = pytest.mark.parametrize('scale', ['small', 'full'])
+each = pytest.mark.parametrize('name', EXPERIMENTS)
+
+
+@both
+@each
+def test_settings_make_sense(name, scale):
+    config = experiment_config(name, scale, seed=7)
+    assert (config.experiment, config.scale, config.seed) == (name, scale, 7)
+
+@both
+@each
+def test_training_and_test_prompts_are_kept_apart(name, scale):
+    train, tests = find_experiment(name).prompts(scale)
+    assert train and tests and not set(train) & set(tests) and len(set(train)) == len(train)
+
+def test_the_published_numbers():
+    c = experiment_config('modelscope-aesthetic', 'full')
+    assert (c.lr, c.clip, c.rank, c.alpha, c.K, c.decode) == (2e-4, 1, 16, 8, 1, 1)
+    assert (c.T, c.guidance, c.frames, c.precision, c.batch * c.accumulate) == (25, 9, 16, 'fp16', 16)
+
+def test_the_full_scale_prompts():
+    assert len(ACTIONS) == 50 and len(COMMON_ANIMALS) == len(set(COMMON_ANIMALS)) == 45 and len(activity_prompts()) == 45
+    assert not [p for p in ACTIONS for a in TEST_ACTIVITIES if a.split()[-1] in p.split()]
+    assert all(p.startswith(('a ', 'an ')) for p in activity_prompts()) and any(p.startswith('an ant ') for p in activity_prompts())
+
+def test_spread_keeps_all(): assert sorted(spread(list(range(21)))) == list(range(21)) and sorted(spread(list(range(15)))) == list(range(15))
+
+def test_neighbours_differ():
+    for prompts in action_prompts('small'):
+        assert all(a.split()[1] != b.split()[1] and a.split()[2:] != b.split()[2:] for a, b in zip(prompts[:4], prompts[1:4]))
+
+@pytest.mark.parametrize('name, scale, words', [('modelscope-beauty', 'small', 'unknown experiment.*modelscope-aesthetic'), ('modelscope-aesthetic', 'huge', 'unknown scale')])
+def test_unknown_names(name, scale, words):
+    with pytest.raises(VaderError, match=words): experiment_config(name, scale)
+
+def test_a_wrong_folder_is_told_before_anything_is_loaded(tmp_path):
+    (tmp_path/'thesis.tex').write_text('')
+    with pytest.raises(VaderError, match='holds other files'): next(run(experiment_config('modelscope-aesthetic'), tmp_path))
