@@ -122,6 +122,8 @@ def write_pipeline(unet, clip, tok, # in the precision to be written
     folder = Path(folder)
     for name, part in dict(unet=unet, text_encoder=clip, tokenizer=tok, scheduler=DDIMScheduler(**SCHEDULER)).items():
         with atomic_path(folder / name) as d: part.save_pretrained(d)
+    config = folder / 'text_encoder/config.json'                            # transformers would load it in half precision, diffusers the rest in float32
+    write_json(config, read_json(config) | dict(dtype='float32'))
     write_json(folder / 'model_index.json', INDEX)
 
 def measure(folder): # of a small ModelScope

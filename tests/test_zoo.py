@@ -1,0 +1,94 @@
+"The zoo: names, friendly errors where weights cannot be had, and the small checkpoints that the package ships."
+import pytest
+from huggingface_hub import constants
+from safetensors import safe_open
+
+from vader_nb import zoo
+from vader_nb.core import VaderError, read_json
+from vader_nb.zoo import CHECKPOINTS, Checkpoint, card, model_path, parameters
+
+here = [k for k, c in CHECKPOINTS.items() if (model_path('clip').parent/c.small).is_dir()]
+root = model_path('clip').parent
+files = sorted(root.rglob('*.safetensors'))
+whole = pytest.mark.skipif(not (root/'modelscope/unet').is_dir(), reason='the small ModelScope is not trained yet')
+
+# Names and errors
+
+def test_small_weights_lie_in_the_package():
+    assert model_path('clip') == model_path('clip', 'small') and (model_path('vae')/'config.json').is_file()
+    assert model_path('vae') == model_path('modelscope')/'vae'
+
+@pytest.mark.parametrize('call,says', [
+    (lambda: model_path('dalle'), "unknown checkpoint 'dalle': use one of modelscope, vae, clip"),
+    (lambda: model_path('clip', 'huge'), "unknown scale 'huge': use 'small' or 'full'"),
+    (lambda: model_path('vae', 'full'), "vae exists only at the small scale: use scale='small'"),
+    (lambda: card('dalle'), 'unknown checkpoint'),
+    (lambda: parameters('dalle'), 'unknown checkpoint')])
+def test_bad_names(call, says):
+    with pytest.raises(VaderError, match=says) as e: call()
+    assert '\n' not in str(e.value)
+
+def test_a_missing_folder_is_named(monkeypatch):
+    monkeypatch.setitem(CHECKPOINTS, 'lost', Checkpoint('never trained', small='nowhere'))
+    with pytest.raises(VaderError, match='small lost checkpoint is missing at .*nowhere: install the package again'): model_path('lost')
+    monkeypatch.setitem(CHECKPOINTS, 'large', Checkpoint('has no small one', hub='who/what', size='9 GB'))
+    with pytest.raises(VaderError, match="large exists only at the full scale: use scale='full'"): model_path('large')
+
+@pytest.mark.parametrize('name', [k for k, c in CHECKPOINTS.items() if c.hub])
+def test_offline_the_error_says_what_was_wanted(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    with pytest.raises(VaderError) as e: model_path(name, 'full')
+    c, text = CHECKPOINTS[name], str(e.value)
+    assert c.hub in text and c.size in text and f"the small {name}, which comes with the package (scale='small')" in text and '\n' not in text
+
+def test_without_a_small_one_none_is_offered(monkeypatch):
+    def nothing(*args, **kw): raise OSError('no network')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', nothing)
+    monkeypatch.setitem(CHECKPOINTS, 'large', Checkpoint('has no small one', hub='who/what', size='9 GB'))
+    with pytest.raises(VaderError, match=r'large needs who/what \(9 GB\).*OSError.*connect to the hub$'): model_path('large', 'full')
+
+def test_full_weights_are_fetched_by_name(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda hub, allow_patterns: asked.update(hub=hub, files=allow_patterns) or str(tmp_path))
+    assert model_path('modelscope', 'full') == tmp_path
+    assert asked == dict(hub='ali-vilab/text-to-video-ms-1.7b', files=list(CHECKPOINTS['modelscope'].files))
+
+def test_every_full_checkpoint_says_what_it_takes():
+    for c in CHECKPOINTS.values(): assert c.about and (not c.hub or (c.files and c.size and c.licence))
+    assert not [f for c in CHECKPOINTS.values() for f in c.files if f.endswith('.py')], 'code from a hub is never run'
+
+# What the package ships
+
+@pytest.mark.parametrize('file', files, ids=[str(f.relative_to(root)) for f in files])
+def test_small_weights_are_small_and_half_precision(file):
+    assert file.stat().st_size <= 3.3e6
+    with safe_open(file, 'pt') as f: assert {f.get_slice(k).get_dtype() for k in f.keys()} <= {'F16', 'I64'}
+
+def test_the_zoo_fits_in_forty_megabytes():
+    everything = [f for f in root.rglob('*') if f.is_file()]
+    assert sum(f.stat().st_size for f in everything) < 40e6
+    assert not [f for f in everything if f.suffix not in ('.json', '.md', '.safetensors', '.txt')]
+
+@pytest.mark.parametrize('name', here)
+def test_every_checkpoint_has_a_card(name):
+    c, text = card(name), (model_path(name)/'README.md').read_text(encoding='utf8')
+    assert c['title'] and {'data', 'steps', 'seed', 'command'} <= set(c['training'])
+    assert all(str(v) in text for v in [c['title'], *c['training'].values(), *c['quality'].values()])
+
+def test_parameters_are_counted():
+    n, size = parameters('vae')
+    file, = model_path('vae').glob('*.safetensors')
+    assert size == file.stat().st_size and abs(size - 2 * n) < 50_000 and .9e6 < n < 1.1e6
+    assert parameters('modelscope')[0] > n, 'a pipeline counts all its parts'
+
+@whole
+def test_a_plain_pipeline_loads_and_samples():
+    from diffusers import TextToVideoSDPipeline
+    pipe = TextToVideoSDPipeline.from_pretrained(model_path('modelscope'))
+    assert {k: type(v).__name__ for k, v in pipe.components.items()} == dict(vae='AutoencoderKL', text_encoder='CLIPTextModel', tokenizer='CLIPTokenizer',
+                                                                             unet='UNet3DConditionModel', scheduler='DDIMScheduler')
+    assert pipe.tokenizer.model_max_length == read_json(model_path('clip')/'tokenizer_config.json')['model_max_length']
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe.to('cpu')(prompt='a fox riding a bike', height=32, width=32, num_frames=2, num_inference_steps=2, output_type='pt').frames
+    assert video.shape == (1, 2, 3, 32, 32) and video.isfinite().all()
