@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'Judge', 'load_judge', 'judge_clips', 'judge_means']
 
-# %% ../nbs/24_evaluate.ipynb #54b3bd0c
+# %% ../nbs/24_evaluate.ipynb #b4b9b4d2
 from functools import lru_cache
 import torch, torch.nn as nn, torch.nn.functional as F
 from .core import VaderError, check, to_frames
 from .world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, parse, rate
 from .zoo import model_path
 
-# %% ../nbs/24_evaluate.ipynb #fb364d8d
+# %% ../nbs/24_evaluate.ipynb #0f677b9a
 QUESTIONS = dict(animal=len(ANIMALS), activity=len(ACTIVITIES), obj=len(OBJECTS), colour=len(COLOURS), hat=2)
 
 class _Block(nn.Module):
@@ -60,7 +60,7 @@ def load_judge():
     except Exception as e: raise VaderError(f'{file} is not the judge ({str(e).splitlines()[0]}): install the package again') from e
     return judge.eval().requires_grad_(False)
 
-# %% ../nbs/24_evaluate.ipynb #29bcdccc
+# %% ../nbs/24_evaluate.ipynb #2c4358a8
 @torch.no_grad()
 def judge_clips(video,   # (b, f, 3, h, w) in [0, 1]
                 prompts  # b captions of the small world

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'Checkpoint', 'model_path', 'card', 'parameters']
 
-# %% ../nbs/05_zoo.ipynb #f4aeca8a
+# %% ../nbs/05_zoo.ipynb #f5b00709
 import math
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from .core import VaderError, check, read_json
 
-# %% ../nbs/05_zoo.ipynb #0dc3446f
+# %% ../nbs/05_zoo.ipynb #3c5d78a9
 @dataclass(frozen=True)
 class Checkpoint:
     "Where one model's weights are at both scales."
@@ -31,7 +32,7 @@ CHECKPOINTS = dict(
         'trl-lib/ddpo-aesthetic-predictor', ('aesthetic-model.pth',), '4 MB', 'Apache-2.0'),
     judge=Checkpoint('what a clip shows, and a second rating: for measuring only', 'judge'))
 
-# %% ../nbs/05_zoo.ipynb #c29c43fc
+# %% ../nbs/05_zoo.ipynb #bd88a442
 def model_path(name,          # one of `CHECKPOINTS`
                scale='small'  # 'small' or 'full'
               ) -> Path:      # a local folder
@@ -41,7 +42,7 @@ def model_path(name,          # one of `CHECKPOINTS`
     c = CHECKPOINTS[name]
     if scale == 'full': return _fetch(name, c)
     check(bool(c.small), f"{name} exists only at the full scale: use scale='full'")
-    folder = Path(__file__).parent / 'checkpoints' / c.small
+    folder = Path(str(files('vader_nb'))) / 'checkpoints' / c.small
     check(folder.is_dir(), f'the small {name} checkpoint is missing at {folder}: install the package again (pip install --force-reinstall vader_nb)')
     return folder
 
@@ -54,7 +55,7 @@ def _fetch(name, c):
         small = f", or use the small {name}, which comes with the package (scale='small')" if c.small else ''
         raise VaderError(f'{name} needs {c.hub} ({c.size}), which is not in the cache and cannot be fetched ({type(e).__name__}): connect to the hub{small}') from e
 
-# %% ../nbs/05_zoo.ipynb #ca99bfbf
+# %% ../nbs/05_zoo.ipynb #e74ee18b
 def card(name): # one of `CHECKPOINTS`
     "Model card of a small checkpoint: a dict with `title`, `training` and `quality`."
     return read_json(model_path(name) / 'card.json')

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ABOUT', 'moments', 'clips', 'judge_loss', 'quality', 'main']
 
-# %% ../../nbs/zoo/03_judge.ipynb #120055cd
+# %% ../../nbs/zoo/03_judge.ipynb #de8631d5
 import torch, torch.nn.functional as F
 from ..core import atomic_path, generator
 from ..world import SPOILS, draw, label, rate, scenes, spoil, spoil_some
 from ..evaluate import QUESTIONS, Judge
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/03_judge.ipynb #a8dfdbd8
+# %% ../../nbs/zoo/03_judge.ipynb #101fcd09
 def moments(g):
     "Times of four frames: spread over a clip, or four in a row from anywhere."
     spread = torch.rand(1, generator=g) < .5
@@ -46,7 +46,7 @@ def judge_loss(judge, g, # network and `torch.Generator`
     err = (out['rating'] - rating).pow(2).mean()
     return loss + .3 * err, dict(rec, rating_rmse=err.detach().sqrt())
 
-# %% ../../nbs/zoo/03_judge.ipynb #e32e50c9
+# %% ../../nbs/zoo/03_judge.ipynb #8811e4d6
 @torch.no_grad()
 def quality(judge, n=600, seed=1_000_003):
     "Accuracy on held-out clips of all grades, clean and spoiled (strength 0.3), and the correlation of the rating with the rule's."

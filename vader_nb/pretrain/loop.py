@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['lr_at', 'pretrain', 'write_card', 'options']
 
-# %% ../../nbs/zoo/00_pretrain.ipynb #ed177ee4
+# %% ../../nbs/zoo/00_pretrain.ipynb #8eb6e030
 import argparse, json, time
 from pathlib import Path
 import torch
 from ..core import VaderError, atomic_path, check, generator, write_json
 
-# %% ../../nbs/zoo/00_pretrain.ipynb #3e518968
+# %% ../../nbs/zoo/00_pretrain.ipynb #1135b5ab
 def lr_at(step,       # from 0
           steps,      # of the whole training
           lr,         # the constant rate in between
@@ -46,12 +46,12 @@ def _log(file, step, seconds, loss, record):
     line = dict(step=step, loss=round(loss.item(), 5), s_per_step=round(seconds, 3), **{k: round(float(v), 4) for k, v in record.items()})
     with file.open('a') as f: f.write(json.dumps(line) + '\n')
 
-def _descend(opt, loss, clip):
+def _descend(opt, loss, clip, step):
     "One optimizer step with a gradient of norm at most `clip`."
     params = opt.param_groups[0]['params']
     opt.zero_grad(); loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
-    check(loss.isfinite() and norm.isfinite(), f'the loss is {loss.item()} and the norm of its gradient {norm.item()}: lower the learning rate')
+    check(loss.isfinite() and norm.isfinite(), f'step {step}: the loss is {loss.item()}, the norm of its gradient {norm.item()}: lower the learning rate')
     opt.step()
 
 def pretrain(model,     # nn.Module, trained in place
@@ -82,14 +82,14 @@ def pretrain(model,     # nn.Module, trained in place
         for group in opt.param_groups: group['lr'] = lr_at(step, steps, lr, decay=decay)
         torch.manual_seed(seed * 10_000_019 + step)                         # what dropout draws
         loss, record = loss_fn(generator(seed * 10_000_019 + step), step)
-        _descend(opt, loss, clip)
+        _descend(opt, loss, clip, step)
         torch._foreach_lerp_(avg, [p.detach() for p in params.values()], 1 - min(ema, (step + 1) / (step + 10)))
         if step % 50 == 49: _log(out / 'metrics.jsonl', step + 1, (time.time() - t0) / 50, loss, record); t0 = time.time()
         if time.time() - saved > save_every: save(step + 1); saved = time.time()
     save(steps)
     return averaged()
 
-# %% ../../nbs/zoo/00_pretrain.ipynb #57aa26d8
+# %% ../../nbs/zoo/00_pretrain.ipynb #79ab8000
 def write_card(folder, # of the checkpoint
                title,
                about,  # what it is, one paragraph
@@ -102,7 +102,7 @@ def write_card(folder, # of the checkpoint
     with atomic_path(Path(folder) / 'README.md') as f: f.write_text('\n\n'.join(sections) + '\n')
     write_json(Path(folder) / 'card.json', dict(title=title, training=facts, quality=quality))
 
-# %% ../../nbs/zoo/00_pretrain.ipynb #7a1c8d14
+# %% ../../nbs/zoo/00_pretrain.ipynb #d333a1da
 def options(argv,      # list of words, or None for the command line's
             about,     # one line of help
             **defaults # name -> default; False makes a flag
