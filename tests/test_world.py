@@ -218,8 +218,12 @@ def test_every_vivid_clip_beats_its_dull_self(vivid):
 def test_the_rule_falls_as_a_clip_is_spoiled(vivid, kind):
     means = [rate(spoil(vivid, kind, torch.full((48,), k), generator(0))).mean().item() for k in (0., .25, .5, .75, 1.)]
     assert means[1] < means[0] - .5 and means[2] < means[1] + .2 and max(means[2:]) < 2.6, 'once little is left, a rating of about 2 stays'
-    labels = [label(rate(vivid), rate(spoil(vivid, kind, torch.full((48,), k), generator(0))), torch.full((48,), k)).mean() for k in (0., .25, .5, 1.)]
-    assert labels == sorted(labels, reverse=True) or kind == 'noise'
+
+@pytest.mark.parametrize('kind', SPOILS)
+def test_labels_fall_however_a_clip_is_spoiled(vivid, kind):
+    seen = lambda k: rate(spoil(vivid, kind, torch.full((48,), k), generator(0)))
+    means = [label(rate(vivid), seen(k), torch.full((48,), k)).mean().item() for k in (0., .25, .5, 1.)]
+    assert means[1] < means[0] - 1 and means[2] < means[1] + .2 and means[3] < 2.2
 
 @pytest.mark.parametrize('kind', SPOILS)
 def test_spoiling(vivid, kind):
