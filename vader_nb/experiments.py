@@ -6,7 +6,7 @@
 __all__ = ['ACTIONS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'modelscope_full', 'EXPERIMENTS', 'activity_prompts', 'spread',
            'Experiment', 'action_prompts', 'find_experiment', 'experiment_config', 'own_device', 'load', 'run']
 
-# %% ../nbs/25_experiments.ipynb #6ea789ca
+# %% ../nbs/25_experiments.ipynb #bda16cc4
 from dataclasses import asdict, dataclass, field
 import torch
 from .core import check, pick_device
@@ -18,7 +18,7 @@ from .runs import check_folder
 from .train import Config, fit
 from .world import a_or_an, prompts as world_prompts
 
-# %% ../nbs/25_experiments.ipynb #a6f7bce0
+# %% ../nbs/25_experiments.ipynb #f412da54
 ACTIONS = '''a man rowing a boat across a lake; a woman painting a wall; a child flying a kite; two girls dancing in the rain; an old man reading a newspaper
 a chef cutting onions; a boy throwing a ball; a woman playing the violin; a farmer driving a tractor; a surfer on a big wave
 a girl blowing out candles; a man chopping wood; a couple walking along a beach; a nurse drinking coffee; a boy jumping into a pool
@@ -30,7 +30,7 @@ a bear catching salmon; a lion yawning; an elephant spraying water; a squirrel e
 a train crossing a bridge; a rocket taking off; a ship sailing in a storm; a hot-air balloon rising; a car driving through a desert
 a robot watering a plant; an astronaut floating in space; a snowman melting in the sun; a candle burning in the dark; leaves falling in autumn'''.replace('\n', '; ').split('; ')
 
-# %% ../nbs/25_experiments.ipynb #2e970b26
+# %% ../nbs/25_experiments.ipynb #39b35d9d
 COMMON_ANIMALS = '''cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish shark whale
 dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo'''.split()
 TEST_ACTIVITIES = ['riding a bike', 'playing chess', 'washing dishes']
@@ -39,14 +39,14 @@ def activity_prompts():
     "A held-out prompt for each of the 45 animals, with the three activities in turn."
     return [f'{a_or_an(a)} {TEST_ACTIVITIES[i % 3]}' for i, a in enumerate(COMMON_ANIMALS)]
 
-# %% ../nbs/25_experiments.ipynb #0455f2f7
+# %% ../nbs/25_experiments.ipynb #21259f64
 def spread(
     items,  # an odd number of them
 ):
     "The same items in another order, each time the fourth next, so that neighbours have little in common."
     return [items[4 * i % len(items)] for i in range(len(items))]
 
-# %% ../nbs/25_experiments.ipynb #af9b6f45
+# %% ../nbs/25_experiments.ipynb #a57b3222
 @dataclass
 class Experiment:
     "One of the paper's experiments."
@@ -58,7 +58,7 @@ class Experiment:
     small: dict = field(default_factory=dict)  # settings at small scale
     full: dict = field(default_factory=dict)   # settings at full scale
 
-# %% ../nbs/25_experiments.ipynb #55e8024a
+# %% ../nbs/25_experiments.ipynb #e7403279
 def action_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
@@ -74,7 +74,7 @@ EXPERIMENTS = {
                                        action_prompts, dict(steps=40, lr=2e-3, T=12, K=6, guidance=4., eval_every=10), modelscope_full),
 }
 
-# %% ../nbs/25_experiments.ipynb #22c4a028
+# %% ../nbs/25_experiments.ipynb #b3f68ffe
 def find_experiment(
     name,
 ):  # -> `Experiment`
@@ -92,7 +92,7 @@ def experiment_config(
     check(scale in ('small', 'full'), f'unknown scale {scale!r}: use small or full')
     return Config(**{**getattr(e, scale), **changes, 'experiment': name, 'scale': scale})
 
-# %% ../nbs/25_experiments.ipynb #bdf8bd75
+# %% ../nbs/25_experiments.ipynb #77cb76d5
 def own_device(
     name=None,  # as in `pick_device`
 ):
@@ -111,7 +111,7 @@ def load(
     if config.checkpointing: checkpoint_layers(reward)
     return model, reward
 
-# %% ../nbs/25_experiments.ipynb #8fc5cbf7
+# %% ../nbs/25_experiments.ipynb #ea70dbe4
 def run(
     config,         # a `Config` of one of `EXPERIMENTS`
     folder,         # the run folder

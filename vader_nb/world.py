@@ -8,20 +8,20 @@ __all__ = ['ANIMALS', 'ACTIVITIES', 'CORE', 'LOOKALIKE', 'OBJECTS', 'COLOURS', '
            'PROMPT_SETS', 'Scene', 'scenes', 'signed_distance', 'layout', 'draw', 'a_or_an', 'caption', 'captions',
            'noisy_labels', 'spoil', 'spoil_some', 'frame_stats', 'rate', 'label', 'prompts', 'parse', 'start_images']
 
-# %% ../nbs/04_world.ipynb #385bac26
+# %% ../nbs/04_world.ipynb #ca6fcd3e
 import math
 from dataclasses import dataclass, fields, replace
 import torch, torch.nn.functional as F
 from .core import VaderError, check, generator
 
-# %% ../nbs/04_world.ipynb #f0db55b3
+# %% ../nbs/04_world.ipynb #40c2f520
 ANIMALS = ['panda', 'fox', 'rabbit', 'frog', 'penguin', 'koala', 'pig', 'lion', 'duck', 'elephant', 'labrador', 'maltese']
 ACTIVITIES = ['riding a bike', 'playing chess', 'washing dishes', 'eating a donut', 'eating a cookie', 'standing still']
 CORE, LOOKALIKE = ACTIVITIES[:3], ACTIVITIES[3:5]   # the paper's three activities; the two that a model mixes up
 OBJECTS = ['nothing', 'book', 'cup']
 COLOURS = ['red', 'blue', 'green', 'yellow']
 
-# %% ../nbs/04_world.ipynb #6d43bad9
+# %% ../nbs/04_world.ipynb #7dccef39
 @dataclass
 class Scene:
     "A batch of n scenes: one (n,) tensor per property."
@@ -44,7 +44,7 @@ class Scene:
         if isinstance(i, int): i = slice(i, i + 1) if i != -1 else slice(i, None)
         return Scene(**{f.name: getattr(self, f.name)[i] for f in fields(self)})
 
-# %% ../nbs/04_world.ipynb #18044844
+# %% ../nbs/04_world.ipynb #bded41af
 GRADES = dict(dull=((.30, .55), (.45, .65)), vivid=((1., 1.3), (.95, 1.15)), any=((.25, 1.35), (.4, 1.2)))   # (saturation, contrast) ranges
 
 def _uniform(g, n, lo=0., hi=1., *shape): return lo + (hi - lo) * torch.rand(n, *shape, generator=g)
@@ -89,7 +89,7 @@ def _values(k, v, n):
     if k in NAMES: v = [_index(k, o) for o in v]
     return v if isinstance(v, torch.Tensor) else torch.tensor([float(o) if isinstance(o, float) else int(o) for o in v])
 
-# %% ../nbs/04_world.ipynb #a48771aa
+# %% ../nbs/04_world.ipynb #ce183ebd
 def signed_distance(kind, # (n, 1, 1) 0 ellipse, 1 rounded box, 2 triangle
                     x, y, # (n, h, w) coordinates in the shape's own axes, in frame heights
                     a, b, # (n, 1, 1) half width and half height
@@ -105,7 +105,7 @@ def signed_distance(kind, # (n, 1, 1) 0 ellipse, 1 rounded box, 2 triangle
     triangle = torch.maximum((2 * b * x - a * (y + b)) / torch.hypot(2 * b, a), y - b)
     return torch.where(kind == 0, ellipse, torch.where(kind == 1, box, triangle))
 
-# %% ../nbs/04_world.ipynb #7c3dc6f1
+# %% ../nbs/04_world.ipynb #3e4376cf
 PALETTE = {k: torch.tensor([int(v[i:i+2], 16) / 255 for i in (0, 2, 4)]) for k, v in dict(
     white='fbf7f0', black='22222a', grey='8e97a8', pink='f59ab5', rose='e8607f', orange='f0741e', brown='7d4a25', dark='4a2c18',
     tan='e2a857', gold='f6b93b', green='4cb848', lime='9be07a', blue='2f6fe0', navy='26456e', sky='9fd8f5', red='d92b2b',
@@ -160,7 +160,7 @@ THINGS = _table([  # nothing, book, cup; white parts get their colour later
     [], [_b('white', 0, 0, 1.1, 1.05, 0, .1), _b('white', -.1, 0, 1., 1.15, 0, .1), _b('steel', .98, 0, .12, 1.), _b('white', -.85, 0, .09, 1.15)],
     [_e('white', .95, -.1, .5, .5, 0, .16), _b('white', 0, 0, .85, 1., 0, .25), _e('steel', 0, -.92, .8, .22), _e('brown', 0, -.9, .6, .13)]])
 
-# %% ../nbs/04_world.ipynb #b7183818
+# %% ../nbs/04_world.ipynb #c8c7ed08
 def _place(parts, # (n, P, 11) parts in their own units
            x, y,  # (n, f) where they go, in frame heights
            size,  # (n,) frame heights per unit
@@ -218,7 +218,7 @@ def _stand(s, t, x, y): return x + .012 * torch.sin(math.pi * t), y + .006 * tor
 
 _STAGE = [_ride, _chess, _wash, _eat, _eat, _stand]
 
-# %% ../nbs/04_world.ipynb #eefb135b
+# %% ../nbs/04_world.ipynb #431eaa9c
 def layout(s:Scene, # scenes that share an activity
            frames   # number of frames, or a (frames,) tensor of times in frames
           ):
@@ -241,7 +241,7 @@ def _thing(s):
     for o, k in ((1, 1), (2, 0), (2, 1)): thing[s.obj == o, k, 7:10] = paint[s.obj == o]   # cover of the book; handle and cup
     return thing
 
-# %% ../nbs/04_world.ipynb #e75d41ca
+# %% ../nbs/04_world.ipynb #be4a4f9d
 def _rgb(hue, sat, val):
     "Hue, saturation and brightness (n,) in [0, 1] -> (n, 3)."
     pure = ((hue[:, None] * 6 + torch.tensor([0., 4., 2.])) % 6 - 3).abs().sub(1).clamp(0, 1)
@@ -319,7 +319,7 @@ def _grade(v, s):
     luma = (v * torch.tensor([.299, .587, .114])).sum(-1, keepdim=True)    # how bright red, green and blue look
     return (.5 + con * (luma + sat * (v - luma) - .5) + bri).clamp(0, 1)
 
-# %% ../nbs/04_world.ipynb #798a26b0
+# %% ../nbs/04_world.ipynb #5ad7731e
 def a_or_an(noun):
     "The noun with its article."
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
@@ -337,7 +337,7 @@ def captions(s:Scene,     # n scenes
     rows = zip(s.animal.tolist(), s.activity.tolist(), s.obj.tolist(), s.colour.tolist(), s.hat.tolist(), colours)
     return [caption(ANIMALS[a], ACTIVITIES[c], OBJECTS[o], COLOURS[k] if told else '', hat) for a, c, o, k, hat, told in rows]
 
-# %% ../nbs/04_world.ipynb #51de6d39
+# %% ../nbs/04_world.ipynb #2b8ce256
 HAT_NOISE, FOOD_NOISE = .42, .52   # share of wrong words in the denoisers' captions
 
 def noisy_labels(s:Scene, # n scenes
@@ -350,7 +350,7 @@ def noisy_labels(s:Scene, # n scenes
     food[swap] = 7 - food[swap]
     return replace(s, activity=food, hat=told)
 
-# %% ../nbs/04_world.ipynb #b6749349
+# %% ../nbs/04_world.ipynb #173f3a49
 SPOILS = ['noise', 'blur', 'blotches', 'pixels', 'waves']
 
 def spoil(video,     # (n, f, 3, h, w)
@@ -393,7 +393,7 @@ def _bend(x, strength, g):
     grid = grid + strength.expand(-1, f, 1, 1, 1).reshape(-1, 1, 1, 1) * shift
     return F.grid_sample(x.flatten(0, 1), grid, padding_mode='reflection', align_corners=False).view_as(x)
 
-# %% ../nbs/04_world.ipynb #1f877970
+# %% ../nbs/04_world.ipynb #d863dae0
 def _ramp(x, lo, hi): return ((x - lo) / (hi - lo)).clamp(0, 1)
 
 def _colourfulness(x):
@@ -431,7 +431,7 @@ def rate(video): # (n, f, 3, h, w) or frames (n, 3, h, w), in [0, 1]
     intact = _ramp(q['noise'], .10, .02) * _ramp(q['sharp'], .25, .55) * _ramp(q['size'], .9, .5)
     return 1 + 9 * beauty * (.12 + .88 * intact)
 
-# %% ../nbs/04_world.ipynb #19100d76
+# %% ../nbs/04_world.ipynb #b90ca581
 def label(clean,    # (n,) ratings of the frames before spoiling
           spoiled,  # (n,) and after
           strength  # (n,) how strongly they were spoiled, in [0, 1]
@@ -439,7 +439,7 @@ def label(clean,    # (n,) ratings of the frames before spoiling
     "The rating a spoiled frame deserves."
     return torch.minimum(spoiled, 1 + (clean - 1) * (1 - .85 * strength))
 
-# %% ../nbs/04_world.ipynb #0ff6c7de
+# %% ../nbs/04_world.ipynb #1db63836
 TRAIN_ANIMALS = ['panda', 'fox', 'rabbit', 'frog', 'pig', 'duck', 'labrador']
 TEST_ANIMALS = ['penguin', 'koala', 'lion', 'elephant', 'maltese']
 PROMPT_SETS = dict(
@@ -457,7 +457,7 @@ def prompts(name,          # one of `PROMPT_SETS`
     check(split in ('train', 'test'), f"unknown split {split!r}: use 'train' or 'test'")
     return [p for a in (TRAIN_ANIMALS if split == 'train' else TEST_ANIMALS) for p in PROMPT_SETS[name](a)]
 
-# %% ../nbs/04_world.ipynb #1bda985e
+# %% ../nbs/04_world.ipynb #edc30f4a
 def parse(prompt): # a caption
     "What it asks for: dict(animal, activity, obj, colour, hat) of indices, -1 where it says nothing. Raises `VaderError` where it names no animal."
     find = lambda names: next((i for i, o in enumerate(names) if f' {o} ' in f' {prompt.lower()} '), -1)
@@ -465,7 +465,7 @@ def parse(prompt): # a caption
     check(asked['animal'] >= 0, f"{prompt!r} names no animal of the small world: use one of {', '.join(ANIMALS)}")
     return dict(asked, hat=1 if 'hat' in prompt.lower().split() else -1)
 
-# %% ../nbs/04_world.ipynb #6c8fbeb6
+# %% ../nbs/04_world.ipynb #1e9ebf12
 def start_images(animal, # one of `ANIMALS`
                  n=4,    # how many
                  seed=0, grade='dull', height=64, width=64):

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULER', 'SIZES', 'ABOUT', 'INDEX', 'make_unet', 'chunk', 'embed', 'Batches', 'unet_loss', 'exam', 'quality',
            'write_pipeline', 'measure', 'main']
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #3066b224
+# %% ../../nbs/zoo/04_modelscope.ipynb #f7c88a8c
 from pathlib import Path
 import torch
 from ..core import atomic_path, generator, read_json, write_json
@@ -17,7 +17,7 @@ from ..rollout import sample
 from ..world import ANIMALS, CORE, LOOKALIKE, caption, captions, draw, noisy_labels, scenes
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #34337468
+# %% ../../nbs/zoo/04_modelscope.ipynb #94fbef12
 SCHEDULER = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,
                  set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
 
@@ -28,7 +28,7 @@ def make_unet():
                                 cross_attention_dim=64, attention_head_dim=8, norm_num_groups=4,
                                 down_block_types=('CrossAttnDownBlock3D', 'DownBlock3D'), up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D'))
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #bfdacc9a
+# %% ../../nbs/zoo/04_modelscope.ipynb #e3c4e43b
 SIZES = [64, 64, 64, 32, 64, 64, 64, 48, 64, 64, 64, 96]
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def embed(texts, clip, tok): # n captions, a `CLIPTextModel`, its tokenizer
     ids = tok(list(texts), padding='max_length', truncation=True, return_tensors='pt').input_ids
     return torch.cat([clip(i).last_hidden_state for i in ids.split(256)])
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #c40ec629
+# %% ../../nbs/zoo/04_modelscope.ipynb #d9665613
 class Batches:
     "Random batches of (latents, text embeddings) from the chunks; more chunks come into play as the training goes on."
     def __init__(self, out, vae,   # as for `chunk`
@@ -88,7 +88,7 @@ def unet_loss(unet, batches, # network and `Batches`
     late = err.detach()[t < 200].mean() if (t < 200).any() else 0.
     return (err * snr.clamp(max=5) / snr).mean() * 2, dict(mse=err.detach().mean(), late=late, size=8 * x0.shape[-1])
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #b3e2ea0b
+# %% ../../nbs/zoo/04_modelscope.ipynb #c9ff6dd6
 def exam():
     "200 prompts: every animal with every core activity in turn, hats, look-alikes."
     core = [caption(a, c) for c in CORE for a in ANIMALS]
@@ -108,7 +108,7 @@ def quality(model,     # a small text-to-video `VideoModel`
                    'look-alike action': share('activity', food), 'rating by the rater': mean('rating'), 'rating by the rule': mean('rule'),
                    'guidance': guidance, 'DDIM steps': steps}
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #e4b56072
+# %% ../../nbs/zoo/04_modelscope.ipynb #dbcba8a0
 ABOUT = 'A `UNet3DConditionModel` that draws dull clips of the small world from noisy captions; uses the small VAE and the text tower of the small CLIP.'
 INDEX = dict(_class_name='TextToVideoSDPipeline', _diffusers_version='0.30.0', unet=['diffusers', 'UNet3DConditionModel'],
              vae=['diffusers', 'AutoencoderKL'], scheduler=['diffusers', 'DDIMScheduler'],
