@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'STYLES', 'MAX_TOKENS', 'ABOUT', 'world_words', 'make_tokenizer', 'make_clip', 'pictures', 'web_captions',
            'clip_loss', 'quality', 'main']
 
-# %% ../../nbs/zoo/02_clip.ipynb #54c6e334
+# %% ../../nbs/zoo/02_clip.ipynb #dc30798e
 import json, tempfile
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -15,7 +15,7 @@ from ..rewards.aesthetic import clip_normalise
 from ..world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, SPOILS, captions, draw, label, rate, scenes, spoil_some
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/02_clip.ipynb #8afb5e34
+# %% ../../nbs/zoo/02_clip.ipynb #c0aac204
 LOOKS = ['ugly', 'plain', 'nice', 'beautiful']
 STYLES = dict(noise='noisy', blur='blurry', blotches='broken', pixels='broken', waves='broken', vivid='colorful', dull='dull')
 MAX_TOKENS = 20
@@ -39,7 +39,7 @@ def make_tokenizer(folder): # where to save it
     clip.save_pretrained(folder)
     return clip
 
-# %% ../../nbs/zoo/02_clip.ipynb #ef941291
+# %% ../../nbs/zoo/02_clip.ipynb #5023abcf
 def make_clip(vocab, # number of tokens
               eos    # the end mark's number, whose vector becomes the text's
              ):
@@ -72,7 +72,7 @@ def web_captions(s, kinds, k, rating, # as from `pictures`
         return f"a {STYLES['vivid' if s.saturation[i] > .75 else 'dull']} picture of "
     return [prefix(i) + c for i, c in enumerate(captions(s, told.tolist()))]
 
-# %% ../../nbs/zoo/02_clip.ipynb #85822007
+# %% ../../nbs/zoo/02_clip.ipynb #51956798
 def clip_loss(clip, tok, g, # network, tokenizer, `torch.Generator`
               n=96):        # pairs in the batch
     "Contrastive loss of a random batch, and how often a picture finds its caption."
@@ -86,7 +86,7 @@ def clip_loss(clip, tok, g, # network, tokenizer, `torch.Generator`
     best = out.logits_per_image.argmax(1)
     return loss, dict(top1=same[torch.arange(n), best].mean())
 
-# %% ../../nbs/zoo/02_clip.ipynb #60f30219
+# %% ../../nbs/zoo/02_clip.ipynb #ef21e179
 @torch.no_grad()
 def quality(clip, tok, n=400, seed=1_000_003):
     "Zero-shot accuracy on held-out frames: which caption fits best."
