@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_video', 'Reward', 'Sum', 'reward_from', 'freeze', 'frame_mean', 'reward_gradient', 'check_reward']
 
-# %% ../nbs/13_reward.ipynb #58c63081
+# %% ../nbs/13_reward.ipynb #285fbf7a
 from contextlib import nullcontext
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from .core import VaderError, check, generator, randn, to_frames
 
-# %% ../nbs/13_reward.ipynb #75a4e22b
+# %% ../nbs/13_reward.ipynb #f8f05e17
 def check_video(video,              # pixels (b, f, 3, h, w) in [0, 1], any float dtype
                 prompts=None,       # list of b prompts, or None
                 min_frames=1,       # the shortest clip that the reward can judge
@@ -38,9 +38,10 @@ def _check_pixels(video):
     finite, outside, low, high = torch.stack([video.isfinite().float().mean(), ((video - .5).abs() > .75).float().mean(),
                                               video.min().float(), video.max().float()]).tolist()
     check(finite == 1, f'{(1 - finite):.1%} of the pixels are not finite (nan or inf): the sampler or the decoder diverged')
-    check(outside < .25, f'pixels must lie in [0, 1], but these go from {low:.3g} to {high:.3g}')
+    check(outside < .25, f'pixels must lie in [0, 1], but these go from {low:.3g} to {high:.3g}, {outside:.0%} of them far outside: '
+                         'rescale the video, or, where a model that is being trained drew it, lower its learning rate')
 
-# %% ../nbs/13_reward.ipynb #9b896d8d
+# %% ../nbs/13_reward.ipynb #de84832b
 class Reward(nn.Module):
     "A differentiable judge of videos: higher is better, one number per video."
     name = 'reward'       # the name in logs
@@ -77,7 +78,7 @@ def _own_precision(video):
     "Switch off a trainer's autocast (which meta tensors know nothing of)."
     return nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False)
 
-# %% ../nbs/13_reward.ipynb #6179061c
+# %% ../nbs/13_reward.ipynb #b40e9e85
 class Sum(Reward):
     "A weighted sum of rewards; `2*a + b` makes one."
     def __init__(self, terms # list of (weight, reward)
@@ -101,7 +102,7 @@ def _terms(x):
     check(isinstance(x, Reward), f'a reward can be added to a reward and multiplied by a number, but this is {_kind(x)}')
     return list(zip(x.weights, x.rewards)) if isinstance(x, Sum) else [(1, x)]
 
-# %% ../nbs/13_reward.ipynb #85268cb3
+# %% ../nbs/13_reward.ipynb #58de7b71
 class _FromFunction(Reward):
     def __init__(self, fn, name, wants):
         super().__init__()
@@ -116,19 +117,19 @@ def reward_from(fn,           # function (video, prompts) -> (b,), differentiabl
     check(wants in ('frame', 'clip'), f"wants must be 'frame' or 'clip', not {wants!r}")
     return _FromFunction(fn, name, wants)
 
-# %% ../nbs/13_reward.ipynb #626c05d4
+# %% ../nbs/13_reward.ipynb #33fdf7c2
 def freeze(module):
     "Put `module` into eval mode and stop gradients for its weights; returns it."
     return module.eval().requires_grad_(False)
 
-# %% ../nbs/13_reward.ipynb #2fe1f24c
+# %% ../nbs/13_reward.ipynb #7b5c8df4
 def frame_mean(score, # function (n, c, h, w) -> (n,)
                video  # (b, f, c, h, w)
                ):
     "Score every frame as a picture and take the mean over each video's frames: (b,)."
     return score(to_frames(video)).unflatten(0, video.shape[:2]).mean(1)
 
-# %% ../nbs/13_reward.ipynb #860ac9b8
+# %% ../nbs/13_reward.ipynb #fa56f86d
 def reward_gradient(reward,        # a `Reward`
                     video,         # pixels (b, f, 3, h, w)
                     prompts=None,  # list of b prompts
@@ -141,7 +142,7 @@ def reward_gradient(reward,        # a `Reward`
     check(scores.requires_grad, f'{reward.name} is not differentiable: its scores carry no graph back to the pixels')
     return scores.detach(), torch.autograd.grad(scores.sum(), x)[0]
 
-# %% ../nbs/13_reward.ipynb #816020bd
+# %% ../nbs/13_reward.ipynb #52e6efed
 def _slope_error(reward, video, prompts, grad, seed):
     "Largest |finite difference - <grad, d>| / |grad| over videos, for one random direction `d`."
     d = randn(video.shape, generator(4242 + seed)).to(video)
@@ -154,7 +155,7 @@ def _alone(reward, video, prompts, order):
     pick = lambda idx: reward(video[idx], prompts and [prompts[i] for i in idx], generator(0))
     return torch.cat([pick([i]) for i in range(len(video))]), pick(order)[torch.tensor(order).argsort().to(video.device)]
 
-# %% ../nbs/13_reward.ipynb #4ed4d2c7
+# %% ../nbs/13_reward.ipynb #9a7139d2
 def check_reward(reward,       # a `Reward`
                  video,        # pixels (b, f, 3, h, w), b >= 2 different videos
                  prompts=None, # list of b different prompts
