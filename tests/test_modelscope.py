@@ -146,3 +146,13 @@ def test_damaged_checkpoints(tmp_path, case):
 def test_unknown_device(monkeypatch, tmp_path):
     monkeypatch.setattr(modelscope, 'model_path', lambda name, scale: tmp_path)
     with pytest.raises(VaderError): load_modelscope('small', 'tpu')
+
+
+def test_the_shipped_folder_is_a_plain_pipeline_too():
+    from vader_nb.zoo import model_path
+    model, pipe = load_modelscope('small', 'cpu'), TextToVideoSDPipeline.from_pretrained(model_path('modelscope'), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert model.native_size == (8, 64, 64) and not any(p.requires_grad for p in model.denoiser.parameters())
+    frames = pipe(PROMPTS, latents=model.noise(2, *SIZE, generator(0)), num_frames=3, height=32, width=40, num_inference_steps=5,
+                  guidance_scale=4., output_type='pt').frames
+    assert (ours(model, model.sampler(5), 4.)[1].clamp(0, 1) - frames).abs().max() < 1e-4
