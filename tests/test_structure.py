@@ -24,9 +24,9 @@ def exports(path):
     return found[0] if found else None
 
 def place(path):
-    "Where a notebook stands in the reading order; `nbs/zoo` is an appendix after all others."
-    n = re.match(r'\d+', path.name)
-    return ('zoo' in path.parts, int(n[0]) if n else 999)
+    "Where a notebook stands in the reading order, 09 before 09a before 09b; `nbs/zoo` is an appendix after all others."
+    n = re.match(r'(\d+)([a-z]?)_', path.name)
+    return ('zoo' in path.parts, int(n[1]) if n else 999, n[2] if n else '')
 
 def tree(source): return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.M))
 
