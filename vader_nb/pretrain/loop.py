@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['lr_at', 'pretrain', 'write_card', 'options']
 
-# %% ../../nbs/zoo/00_pretrain.ipynb #8eb6e030
+# %% ../../nbs/zoo/00_pretrain.ipynb #2090119d
 import argparse, json, time
 from pathlib import Path
 import torch
 from ..core import VaderError, atomic_path, check, generator, write_json
 
-# %% ../../nbs/zoo/00_pretrain.ipynb #1135b5ab
+# %% ../../nbs/zoo/00_pretrain.ipynb #b15c61c5
 def lr_at(step,       # from 0
           steps,      # of the whole training
           lr,         # the constant rate in between
@@ -21,6 +21,7 @@ def lr_at(step,       # from 0
     "Learning rate of a step: linear warm-up, constant, then linear to zero."
     return lr * min((step + 1) / warmup, 1., max(steps - step, 0) / (decay * steps))
 
+# %% ../../nbs/zoo/00_pretrain.ipynb #4118f82f
 def _resume(file, # `state.pt`
             model, opt, avg, # filled in place
             run   # dict: what must be the same
@@ -34,6 +35,7 @@ def _resume(file, # `state.pt`
     for a, b in zip(avg, s['avg']): a.copy_(b)
     return s['step']
 
+# %% ../../nbs/zoo/00_pretrain.ipynb #6bb88a4b
 def _cut(file, # `metrics.jsonl`
          step):
     "Forget what was logged after `step`, half a line too."
@@ -46,6 +48,7 @@ def _log(file, step, seconds, loss, record):
     line = dict(step=step, loss=round(loss.item(), 5), s_per_step=round(seconds, 3), **{k: round(float(v), 4) for k, v in record.items()})
     with file.open('a') as f: f.write(json.dumps(line) + '\n')
 
+# %% ../../nbs/zoo/00_pretrain.ipynb #2e075c27
 def _descend(opt, loss, clip, step):
     "One optimizer step with a gradient of norm at most `clip`."
     params = opt.param_groups[0]['params']
@@ -54,6 +57,7 @@ def _descend(opt, loss, clip, step):
     check(loss.isfinite() and norm.isfinite(), f'step {step}: the loss is {loss.item()}, the norm of its gradient {norm.item()}: lower the learning rate')
     opt.step()
 
+# %% ../../nbs/zoo/00_pretrain.ipynb #b137ceaf
 def pretrain(model,     # nn.Module, trained in place
              loss_fn,   # loss_fn(generator, step) -> (scalar loss, dict of numbers to log)
              steps,     # optimizer steps
@@ -89,7 +93,7 @@ def pretrain(model,     # nn.Module, trained in place
     save(steps)
     return averaged()
 
-# %% ../../nbs/zoo/00_pretrain.ipynb #79ab8000
+# %% ../../nbs/zoo/00_pretrain.ipynb #1372dabb
 def write_card(folder, # of the checkpoint
                title,
                about,  # what it is, one paragraph
@@ -102,7 +106,7 @@ def write_card(folder, # of the checkpoint
     with atomic_path(Path(folder) / 'README.md') as f: f.write_text('\n\n'.join(sections) + '\n')
     write_json(Path(folder) / 'card.json', dict(title=title, training=facts, quality=quality))
 
-# %% ../../nbs/zoo/00_pretrain.ipynb #d333a1da
+# %% ../../nbs/zoo/00_pretrain.ipynb #63d15c58
 def options(argv,      # list of words, or None for the command line's
             about,     # one line of help
             **defaults # name -> default; False makes a flag
