@@ -30,6 +30,11 @@ CHECKPOINTS = dict(
     clip=Checkpoint('CLIP, images and text', 'clip', 'openai/clip-vit-large-patch14', ('*.json', 'merges.txt', 'model.safetensors'), '1.7 GB', 'MIT'),
     aesthetic=Checkpoint('aesthetic head on CLIP image embeddings (LAION v2)', 'aesthetic',
         'trl-lib/ddpo-aesthetic-predictor', ('aesthetic-model.pth',), '4 MB', 'Apache-2.0'),
+    hps=Checkpoint('Human Preference Score v2 (open_clip)', 'hps', 'xswu/HPSv2', ('HPS_v2_compressed.pt',), '2.0 GB', 'Apache-2.0'),
+    hps21=Checkpoint('Human Preference Score v2.1 (open_clip)', 'hps', 'xswu/HPSv2', ('HPS_v2.1_compressed.pt',), '2.0 GB', 'Apache-2.0'),
+    pickscore=Checkpoint('PickScore (a `CLIPModel`)', 'pickscore', 'yuvalkirstain/PickScore_v1', ('config.json', 'model.safetensors'), '3.9 GB', 'MIT'),
+    pickscore_words=Checkpoint("the tokenizer that PickScore reads prompts with", 'pickscore',
+        'laion/CLIP-ViT-H-14-laion2B-s32B-b79K', ('tokenizer*', 'vocab.json', 'merges.txt', 'special_tokens_map.json'), '4 MB', 'MIT'),
     judge=Checkpoint('what a clip shows, and a second rating: for measuring only', 'judge'))
 
 # %% ../nbs/05_zoo.ipynb #bd88a442

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'resize_shorter', 'center_crop', 'clip_normalise', 'clip_view', 'AestheticHead', 'load_head',
-           'Aesthetic', 'load_aesthetic']
+           'read_weights', 'Aesthetic', 'load_aesthetic']
 
 # %% ../../nbs/14_aesthetic.ipynb #f04b18dd
 from pathlib import Path
@@ -64,14 +64,15 @@ def load_head(path # a file in the published layout (.pth or .safetensors), or t
     "Read an `AestheticHead`, whose widths come from the weights; raises `VaderError` if it is none."
     path = Path(path)
     if path.is_dir(): path = next((p for kind in ('*.safetensors', '*.pth') for p in path.glob(kind)), path/'model.safetensors')
-    weights, keys = _read_weights(path), [f'layers.{i}.{k}' for i in (0, 2, 4, 6, 7) for k in ('weight', 'bias')]
+    weights, keys = read_weights(path), [f'layers.{i}.{k}' for i in (0, 2, 4, 6, 7) for k in ('weight', 'bias')]
     check(set(weights) == set(keys), f'{path} is not an aesthetic head: it must hold exactly {keys[0]} ... {keys[-1]}')
     head = AestheticHead([weights[k].shape[1] for k in keys[::2]])
     head.load_state_dict(weights)
     return head
 
-def _read_weights(path):
-    "The tensors of a safetensors or torch file; never runs code from it."
+def read_weights(path # a .safetensors or a torch file
+                 ):
+    "The tensors of a safetensors or torch file; never runs code from it. Raises `VaderError` for a missing or damaged one."
     from safetensors.torch import load_file
     try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise VaderError(f'{path} is no readable file of weights: {str(e).splitlines()[0]}') from e
