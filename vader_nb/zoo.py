@@ -35,6 +35,14 @@ CHECKPOINTS = dict(
     pickscore=Checkpoint('PickScore (a `CLIPModel`)', 'pickscore', 'yuvalkirstain/PickScore_v1', ('config.json', 'model.safetensors'), '3.9 GB', 'MIT'),
     pickscore_words=Checkpoint("the tokenizer that PickScore reads prompts with", 'pickscore',
         'laion/CLIP-ViT-H-14-laion2B-s32B-b79K', ('tokenizer*', 'vocab.json', 'merges.txt', 'special_tokens_map.json'), '4 MB', 'MIT'),
+    videocrafter=Checkpoint('text-to-video diffusion model (our own LVDM)', 'videocrafter', 'VideoCrafter/VideoCrafter2', ('model.ckpt',),
+        'up to 7.4 GB', "its own, see the hub's page"),
+    yolos=Checkpoint('object detector (a `YolosForObjectDetection`)', 'yolos', 'hustvl/yolos-base', ('*.json', 'model.safetensors'), '0.5 GB', 'Apache-2.0'),
+    yolos_tiny=Checkpoint('a smaller YOLOS', '', 'hustvl/yolos-tiny', ('*.json', 'model.safetensors'), '26 MB', 'Apache-2.0'),
+    grounding_dino=Checkpoint('object detector that takes words (a `GroundingDinoForObjectDetection`)', '', 'IDEA-Research/grounding-dino-tiny',
+        ('*.json', 'vocab.txt', 'model.safetensors'), '0.7 GB', 'Apache-2.0'),
+    videomae=Checkpoint('action classifier (a `VideoMAEForVideoClassification`)', 'videomae', 'MCG-NJU/videomae-base-finetuned-kinetics',
+        ('*.json', 'model.safetensors'), '0.3 GB', 'CC BY-NC 4.0'),
     judge=Checkpoint('what a clip shows, and a second rating: for measuring only', 'judge'))
 
 # %% ../nbs/05_zoo.ipynb #bd88a442
