@@ -110,7 +110,8 @@ def _check_fit(model, weights, folder):
         check(fits, f'{folder} is a LoRA for another network than {model.name}: {key} has no place there')
 
 # %% ../nbs/11_memory.ipynb #27d2cdb8
-LAYERS = {'ResnetBlock2D', 'TemporalConvLayer', 'Transformer2DModel', 'TransformerTemporalModel', 'Attention', 'CLIPEncoderLayer', 'ResidualAttentionBlock'}
+LAYERS = {'ResnetBlock2D', 'TemporalConvLayer', 'Transformer2DModel', 'TransformerTemporalModel', 'Attention', 'CLIPEncoderLayer', 'ResidualAttentionBlock',
+          'ResBlock', 'SpatialTransformer', 'TemporalTransformer'}
 
 def _layers(module):
     "The outermost layers of the kinds in `LAYERS`."
