@@ -142,11 +142,11 @@ def _publish(state, step, tok, vae, a):
 
 def main(argv=None):
     "Tune the small CLIP on preference pairs, as HPSv2 was."
-    a = options(argv, main.__doc__, steps=700, out='runs/zoo/hps', to='vader_nb/checkpoints/hps',
+    a = options(argv, main.__doc__, steps=500, out='runs/zoo/hps', to='vader_nb/checkpoints/hps',
                 clip='vader_nb/checkpoints/clip', vae='vader_nb/checkpoints/modelscope/vae')
     clip, tok, vae = sources(a)
     clip = open_clip_net(CONFIG, to_open_clip(clip.state_dict()))
-    pretrain(clip, lambda g, step: hps_loss(clip, tok, vae, g), a.steps, a.out, lr=4e-4, seed=6, weight_decay=.02, save_every=240,
+    pretrain(clip, lambda g, step: hps_loss(clip, tok, vae, g), a.steps, a.out, lr=4e-4, seed=6, weight_decay=.02, save_every=600,
              milestone=lambda w, step: _publish(w, step, tok, vae, a))
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook

@@ -54,12 +54,12 @@ def _publish(clip, tok, vae, step, a):
 
 def main(argv=None):
     "Tune the small CLIP on votes, as PickScore was."
-    a = options(argv, main.__doc__, steps=700, out='runs/zoo/pickscore', to='vader_nb/checkpoints/pickscore',
+    a = options(argv, main.__doc__, steps=500, out='runs/zoo/pickscore', to='vader_nb/checkpoints/pickscore',
                 clip='vader_nb/checkpoints/clip', vae='vader_nb/checkpoints/modelscope/vae')
     clip, tok, vae = sources(a)
     def publish(weights, step):
         tuned = type(clip)(clip.config).eval(); tuned.load_state_dict(weights)
         _publish(tuned, tok, vae, step, a)
-    pretrain(clip, lambda g, step: pick_loss(clip, tok, vae, g), a.steps, a.out, lr=4e-4, seed=7, weight_decay=.02, save_every=240, milestone=publish)
+    pretrain(clip, lambda g, step: pick_loss(clip, tok, vae, g), a.steps, a.out, lr=4e-4, seed=7, weight_decay=.02, save_every=600, milestone=publish)
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
