@@ -43,6 +43,10 @@ CHECKPOINTS = dict(
         ('*.json', 'vocab.txt', 'model.safetensors'), '0.7 GB', 'Apache-2.0'),
     videomae=Checkpoint('action classifier (a `VideoMAEForVideoClassification`)', 'videomae', 'MCG-NJU/videomae-base-finetuned-kinetics',
         ('*.json', 'model.safetensors'), '0.3 GB', 'CC BY-NC 4.0'),
+    vjepa=Checkpoint('video features by masked prediction (our own V-JEPA 1; its full weights are not on the hub, see `load_vjepa`)', 'vjepa'),
+    vjepa2=Checkpoint('V-JEPA 2 (a `VJEPA2Model`)', '', 'facebook/vjepa2-vitl-fpc64-256', ('*.json', 'model.safetensors'), '1.5 GB', 'MIT'),
+    depth=Checkpoint('relative depth (a `DepthAnythingForDepthEstimation`)', 'depth', 'depth-anything/Depth-Anything-V2-Small-hf',
+        ('*.json', 'model.safetensors'), '99 MB', 'Apache-2.0'),
     judge=Checkpoint('what a clip shows, and a second rating: for measuring only', 'judge'))
 
 # %% ../nbs/05_zoo.ipynb #bd88a442

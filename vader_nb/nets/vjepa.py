@@ -206,21 +206,22 @@ def published_state(path # `vitl16.pth.tar`
     check(isinstance(file, dict) and set(PARTS) <= set(file), f"{path} is no V-JEPA file: it must hold {', '.join(PARTS)}")
     return {f"{part}.{k.removeprefix('module.backbone.')}": v for part in PARTS for k, v in file[part].items()}
 
-def fill(net, state, path):
-    "Load weights that must fit exactly; returns `net`."
+def fill(config, state, path):
+    "A `VJepa` of these sizes with these weights, which must fit exactly, in float32."
+    with torch.device('meta'): net = VJepa(config)
     mine = {k: v.shape for k, v in net.state_dict().items()}
     wrong = sorted(k for k in mine.keys() | state.keys() if k not in mine or k not in state or state[k].shape != mine[k])
     check(not wrong, f'{path} does not fit this V-JEPA: {len(wrong)} weights are missing, unknown or of another shape, the first is {next(iter(wrong), None)}')
-    net.load_state_dict(state)
-    return net
+    net.load_state_dict(state, assign=True)
+    return net.float()
 
 def load_vjepa_net(path # folder of a small one, or a published `.pth.tar` file of the ViT-L/16
                    ):
     "A `VJepa` with the weights found there, in float32."
     from safetensors.torch import load_file
     path = Path(path)
-    if path.is_dir(): return fill(VJepa(VJepaConfig(**read_json(path / 'config.json'))), load_file(path / 'model.safetensors'), path)
-    return fill(VJepa(VJepaConfig()), published_state(path), path)
+    if path.is_dir(): return fill(VJepaConfig(**read_json(path / 'config.json')), load_file(path / 'model.safetensors'), path)
+    return fill(VJepaConfig(), published_state(path), path)
 
 def save_vjepa_net(net, folder,        # made if missing
                    dtype=torch.float16 # of the weights in the file

@@ -55,10 +55,10 @@ def vjepa_loss(net, x, # `VJepa`, clips as from `batch`
 
 # %% ../../nbs/zoo/10_vjepa.ipynb #5c0e10ab
 @torch.no_grad()
-def ranking(reward, n=100, seed=1_000_003):
+def ranking(reward, n=100, seed=1_000_003, piece=20):
     "Share of held-out clips that score above their disturbed version."
     s = scenes(n, seed, 'any')
-    score = lambda kind: torch.cat([reward(disturbed(kind, s[i:i + 25], generator(seed + i)) if kind else draw(s[i:i + 25])) for i in range(0, n, 25)])
+    score = lambda kind: torch.cat([reward(disturbed(kind, s[i:i + piece], generator(seed + i)) if kind else draw(s[i:i + piece])) for i in range(0, n, piece)])
     clean = score('')
     return {kind: f'{(clean > score(kind)).float().mean().item():.0%}' for kind in DISTURBANCES}
 
@@ -68,13 +68,14 @@ def _publish(state, step, a):
     "Write averaged weights as a checkpoint with its card."
     net = VJepa(SMALL); net.load_state_dict(state)
     facts = dict(data=f'{a.clips} clips of 8 frames, all grades, mirrored at random', steps=f'{step} of {a.steps}, batch 16', seed=0, command='python -m vader_nb.pretrain.vjepa')
+    n = 200 if step == a.steps else 20
     with atomic_path(a.to) as d:
         save_vjepa_net(net, d)
-        write_card(d, 'Small V-JEPA', ABOUT, facts, {f'ranks a clip above: {k}': v for k, v in ranking(VJepaReward(net, draws=4)).items()})
+        write_card(d, 'Small V-JEPA', ABOUT, facts, {f'a clip scores above its {k} version, of {n}': v for k, v in ranking(VJepaReward(net), n).items()})
 
 def main(argv=None):
     "Train V-JEPA."
-    a = options(argv, main.__doc__, steps=2400, clips=2000, out='runs/zoo/vjepa', to='vader_nb/checkpoints/vjepa')
+    a = options(argv, main.__doc__, steps=1500, clips=2000, out='runs/zoo/vjepa', to='vader_nb/checkpoints/vjepa')
     torch.manual_seed(0); net, clips = VJepa(SMALL), pool(a.clips)
     net.target_encoder.load_state_dict(net.encoder.state_dict()); freeze(net.target_encoder)
     pretrain(net, lambda g, step: vjepa_loss(net, batch(clips, g), g, step / a.steps), a.steps, a.out, lr=1e-3, weight_decay=.04, save_every=600,
