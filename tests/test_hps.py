@@ -11,7 +11,7 @@ from tiny_models import tiny_tokenizer
 from vader_nb.core import VaderError, generator
 from vader_nb.memory import checkpoint_layers
 from vader_nb.pretrain import hps as pretrain
-from vader_nb.reward import check_reward, reward_from, reward_gradient
+from vader_nb.reward import check_reward, reward_gradient
 from vader_nb.rewards import hps
 from vader_nb.rewards.aesthetic import clip_normalise, load_aesthetic
 from vader_nb.rewards.hps import HPS, load_hps, open_clip_ids, open_clip_net, pad_view, square_view, token_ids

@@ -1,20 +1,21 @@
 "PickScore: the published formula and layout, the processor's own result, each image against its own prompt."
-import json
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+import test_aesthetic, test_hps
 from test_hps import PROMPTS, layout, reading
 from tiny_models import tiny_tokenizer
 from vader_nb.core import VaderError, generator
 from vader_nb.memory import checkpoint_layers
 from vader_nb.pretrain import pickscore as pretrain
-from vader_nb.pretrain.hps import preference_loss
 from vader_nb.reward import check_reward, reward_gradient
 from vader_nb.rewards import pickscore
-from vader_nb.rewards.hps import load_hps
+from vader_nb.rewards.aesthetic import Aesthetic
+from vader_nb.rewards.hps import HPS, load_hps
 from vader_nb.rewards.pickscore import PickScore, load_pickscore
 from vader_nb.world import SPOILS, captions, draw, scenes, spoil
 
@@ -103,6 +104,14 @@ def test_with_hps(small):
     s = scenes(2, 3, 'any', hat=1); both = small + 2*load_hps('small', 'cpu')
     check_reward(both, draw(s, 2), captions(s))
     assert list(both.parts(draw(s, 1), captions(s))) == ['pickscore', 'hps'] and both.name == 'pickscore + 2*hps'
+
+def test_every_pair_in_the_published_layouts(reward, video):
+    "Random weights of small dimensions; each part is logged apart and looks at the frame in its own way."
+    rewards = [reward, HPS(test_hps.tiny_clip(pool_type='eos', eos_id=1), reward.ids), Aesthetic(test_aesthetic.tiny_clip(), test_aesthetic.tiny_head())]
+    for a, b in combinations(rewards, 2):
+        both, prompts = 2*a + b, PROMPTS
+        check_reward(both, video, prompts)
+        assert torch.allclose(both(video, prompts), 2*a(video, prompts) + b(video, prompts)) and set(both.parts(video, prompts)) == {a.name, b.name}
 
 @pytest.mark.parametrize('prompts, words', [(None, 'pass prompts'), (['a fox'], '3 videos need 3 prompts'), ('a fox', 'not a single string'),
                                             (['a fox', 'a zebra', 'a dog'], r"does not know the words \['zebra'\]"), (['a fox '*9]*3, 'shorten it')])
