@@ -36,7 +36,7 @@ def run_experiment(
     PartialState().destroy_process_group()
 
 # %% ../nbs/26_cli.ipynb #28665b42
-BASES = dict(modelscope='load_modelscope')  # name -> function of vader_nb.models.NAME
+BASES = dict(modelscope='load_modelscope', videocrafter='load_videocrafter')  # name -> function of vader_nb.models.NAME
 
 def open_base(
     args,  # with `base`, `scale`, `device`, `lora`
