@@ -220,7 +220,7 @@ def open_videocrafter(
     check_names({k: shape for k, (_, _, shape) in plan.items()}, {k: tuple(v.shape) for k, v in state.items() if k not in UNUSED}, file)
     for net in (unet, vae, tower):
         own = net.state_dict()
-        net.load_state_dict({k: state[name].view(own[k].shape) for name, (owner, k, _) in plan.items() if owner is net}, assign=True)
+        net.load_state_dict({k: state[name].reshape(own[k].shape) for name, (owner, k, _) in plan.items() if owner is net}, assign=True)
         net.to(device, dtype).eval()
     return VideoCrafter(unet, vae, OpenClipText(tower.requires_grad_(False)).eval(), **more)
 
