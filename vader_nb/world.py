@@ -8,20 +8,20 @@ __all__ = ['ANIMALS', 'ACTIVITIES', 'CORE', 'LOOKALIKE', 'OBJECTS', 'COLOURS', '
            'PROMPT_SETS', 'Scene', 'scenes', 'signed_distance', 'layout', 'draw', 'a_or_an', 'caption', 'captions',
            'noisy_labels', 'spoil', 'spoil_some', 'frame_stats', 'rate', 'label', 'prompts', 'parse', 'start_images']
 
-# %% ../nbs/04_world.ipynb #ca6fcd3e
+# %% ../nbs/04_world.ipynb #0498d403
 import math
 from dataclasses import dataclass, fields, replace
 import torch, torch.nn.functional as F
 from .core import VaderError, check, generator
 
-# %% ../nbs/04_world.ipynb #40c2f520
+# %% ../nbs/04_world.ipynb #8dad8027
 ANIMALS = ['panda', 'fox', 'rabbit', 'frog', 'penguin', 'koala', 'pig', 'lion', 'duck', 'elephant', 'labrador', 'maltese']
 ACTIVITIES = ['riding a bike', 'playing chess', 'washing dishes', 'eating a donut', 'eating a cookie', 'standing still']
 CORE, LOOKALIKE = ACTIVITIES[:3], ACTIVITIES[3:5]   # the paper's three activities; the two that a model mixes up
 OBJECTS = ['nothing', 'book', 'cup']
 COLOURS = ['red', 'blue', 'green', 'yellow']
 
-# %% ../nbs/04_world.ipynb #7dccef39
+# %% ../nbs/04_world.ipynb #9174358e
 @dataclass
 class Scene:
     "A batch of n scenes: one (n,) tensor per property."
@@ -44,7 +44,7 @@ class Scene:
         if isinstance(i, int): i = slice(i, i + 1) if i != -1 else slice(i, None)
         return Scene(**{f.name: getattr(self, f.name)[i] for f in fields(self)})
 
-# %% ../nbs/04_world.ipynb #bded41af
+# %% ../nbs/04_world.ipynb #da8c5239
 GRADES = dict(dull=((.30, .55), (.45, .65)), vivid=((1., 1.3), (.95, 1.15)), any=((.25, 1.35), (.4, 1.2)))   # (saturation, contrast) ranges
 
 def _uniform(g, n, lo=0., hi=1., *shape): return lo + (hi - lo) * torch.rand(n, *shape, generator=g)
@@ -72,6 +72,7 @@ def scenes(n,            # how many
     for k, v in fixed.items(): setattr(s, k, _values(k, v, n))
     return s
 
+# %% ../nbs/04_world.ipynb #d41f493b
 NAMES = dict(animal=ANIMALS, activity=ACTIVITIES, obj=OBJECTS, colour=COLOURS)   # what the numbers of a scene mean
 
 def _index(k, o):
@@ -89,7 +90,7 @@ def _values(k, v, n):
     if k in NAMES: v = [_index(k, o) for o in v]
     return v if isinstance(v, torch.Tensor) else torch.tensor([float(o) if isinstance(o, float) else int(o) for o in v])
 
-# %% ../nbs/04_world.ipynb #ce183ebd
+# %% ../nbs/04_world.ipynb #99e3bf46
 def signed_distance(kind, # (n, 1, 1) 0 ellipse, 1 rounded box, 2 triangle
                     x, y, # (n, h, w) coordinates in the shape's own axes, in frame heights
                     a, b, # (n, 1, 1) half width and half height
@@ -105,18 +106,20 @@ def signed_distance(kind, # (n, 1, 1) 0 ellipse, 1 rounded box, 2 triangle
     triangle = torch.maximum((2 * b * x - a * (y + b)) / torch.hypot(2 * b, a), y - b)
     return torch.where(kind == 0, ellipse, torch.where(kind == 1, box, triangle))
 
-# %% ../nbs/04_world.ipynb #3e4376cf
+# %% ../nbs/04_world.ipynb #4c678077
 PALETTE = {k: torch.tensor([int(v[i:i+2], 16) / 255 for i in (0, 2, 4)]) for k, v in dict(
     white='fbf7f0', black='22222a', grey='8e97a8', pink='f59ab5', rose='e8607f', orange='f0741e', brown='7d4a25', dark='4a2c18',
     tan='e2a857', gold='f6b93b', green='4cb848', lime='9be07a', blue='2f6fe0', navy='26456e', sky='9fd8f5', red='d92b2b',
     yellow='f7d51d', purple='8a3fd1', slate='7488ad', cream='fdeac6', steel='c9d3dd', wood='a5672f').items()}
 
+# %% ../nbs/04_world.ipynb #8771b5be
 def _e(c, x, y, a, b=None, angle=0., ring=0.): return (0, x, y, a, b or a, angle, ring, *PALETTE[c].tolist(), 1.)
 def _b(c, x, y, a, b, angle=0., r=0.): return (1, x, y, a, b, angle, r, *PALETTE[c].tolist(), 1.)
 def _t(c, x, y, a, b, angle=0.): return (2, x, y, a, b, angle, 0., *PALETTE[c].tolist(), 1.)
 def _pair(p): return [p, (p[0], -p[1], *p[2:5], -p[5], *p[6:])]
 def _eyes(c='black', x=.38, y=-.1, r=.14): return _pair(_e(c, x, y, r, r * 1.2))
 
+# %% ../nbs/04_world.ipynb #2134d797
 # colour of body and belly, then the parts of the head, back to front
 FACES = dict(
     panda=('black', 'white', _pair(_e('black', .75, -.75, .36)) + [_e('white', 0, 0, 1.05, .95)] + _pair(_e('black', .42, -.05, .27, .34, .5))
@@ -144,6 +147,7 @@ FACES = dict(
         + [_e('white', 0, .45, .42, .36), _e('black', 0, .26, .22, .16), _e('rose', 0, -.85, .22, .16),
            _t('rose', -.3, -.85, .2, .22, 1.57), _t('rose', .3, -.85, .2, .22, -1.57)]))
 
+# %% ../nbs/04_world.ipynb #fe12ddb8
 def _table(lists):
     "Lists of parts -> (lists, longest, 11), padded with invisible ones."
     n = max(map(len, lists))
@@ -160,7 +164,7 @@ THINGS = _table([  # nothing, book, cup; white parts get their colour later
     [], [_b('white', 0, 0, 1.1, 1.05, 0, .1), _b('white', -.1, 0, 1., 1.15, 0, .1), _b('steel', .98, 0, .12, 1.), _b('white', -.85, 0, .09, 1.15)],
     [_e('white', .95, -.1, .5, .5, 0, .16), _b('white', 0, 0, .85, 1., 0, .25), _e('steel', 0, -.92, .8, .22), _e('brown', 0, -.9, .6, .13)]])
 
-# %% ../nbs/04_world.ipynb #c8c7ed08
+# %% ../nbs/04_world.ipynb #951bb3e5
 def _place(parts, # (n, P, 11) parts in their own units
            x, y,  # (n, f) where they go, in frame heights
            size,  # (n,) frame heights per unit
@@ -178,6 +182,7 @@ def _place(parts, # (n, P, 11) parts in their own units
 
 def _parts(n, rows): return torch.tensor(rows).expand(n, -1, -1)
 
+# %% ../nbs/04_world.ipynb #d8808050
 def _ride(s, t, x, y):
     x = .5 - .27 * s.side[:, None] * torch.cos(math.pi * t) + 0 * x
     roll, n, one = 6 * math.pi * t * s.side[:, None], len(s), torch.ones(len(s))
@@ -188,6 +193,7 @@ def _ride(s, t, x, y):
     props += [_place(_parts(n, frame), x, .76 + 0 * x, .125 * one)]
     return x, y - .1 + .008 * torch.sin(4 * math.pi * t), props
 
+# %% ../nbs/04_world.ipynb #7dde2b43
 def _chess(s, t, x, y):
     n, one, px = len(s), torch.ones(len(s)), x + .33
     squares = [_b('cream' if k % 2 else 'black', -.75 + .5 * k, -.07, .25, .1) for k in range(4)]
@@ -199,6 +205,7 @@ def _chess(s, t, x, y):
              _place(_parts(n, piece('white')), px - .11 + .13 * u, .595 - .2 * torch.sin(math.pi * u), .075 * one)]
     return x, y + .012 * torch.sin(2 * math.pi * t), props
 
+# %% ../nbs/04_world.ipynb #fe88b017
 def _wash(s, t, x, y):
     n, one, px, wave = len(s), torch.ones(len(s)), x + .32, torch.sin(2 * math.pi * t)
     tub = [_b('sky', 0, -.55, 1., .2, 0, .15), _b('blue', 0, 0, 1., .6, 0, .2), _b('sky', 0, .1, .8, .08, 0, .05)]
@@ -209,6 +216,7 @@ def _wash(s, t, x, y):
              _place(_parts(n, tub), px, .73 + 0 * x, .13 * one), bubble(-.1, 0., .03), bubble(.02, .35, .038), bubble(.1, .68, .028)]
     return x + .008 * wave, y + .01 * wave, props
 
+# %% ../nbs/04_world.ipynb #f28b1399
 def _eat(s, t, x, y):
     u = (1 - torch.cos(2 * math.pi * t)) / 2                                # 0 in the paw, 1 at the mouth
     food = _place(FOODS[s.activity - 3], x + .27 - .14 * u, .7 - .17 * u, .105 * torch.ones(len(s)), .3 * u)
@@ -218,7 +226,7 @@ def _stand(s, t, x, y): return x + .012 * torch.sin(math.pi * t), y + .006 * tor
 
 _STAGE = [_ride, _chess, _wash, _eat, _eat, _stand]
 
-# %% ../nbs/04_world.ipynb #431eaa9c
+# %% ../nbs/04_world.ipynb #081a94b9
 def layout(s:Scene, # scenes that share an activity
            frames   # number of frames, or a (frames,) tensor of times in frames
           ):
@@ -241,7 +249,7 @@ def _thing(s):
     for o, k in ((1, 1), (2, 0), (2, 1)): thing[s.obj == o, k, 7:10] = paint[s.obj == o]   # cover of the book; handle and cup
     return thing
 
-# %% ../nbs/04_world.ipynb #be4a4f9d
+# %% ../nbs/04_world.ipynb #c901f878
 def _rgb(hue, sat, val):
     "Hue, saturation and brightness (n,) in [0, 1] -> (n, 3)."
     pure = ((hue[:, None] * 6 + torch.tensor([0., 4., 2.])) % 6 - 3).abs().sub(1).clamp(0, 1)
@@ -255,6 +263,7 @@ def _background(s, h, w):
     floor = _rgb((hue + .08) % 1, sat * .9, val * .62)[:, None, None] * torch.ones_like(y)
     return torch.lerp(wall, floor, ((y - .8) * h + .5).clamp(0, 1)).expand(-1, -1, w, -1)
 
+# %% ../nbs/04_world.ipynb #92d7524d
 def _window(q, h, w):
     "Rows (m, kh) and columns (m, kw) of the pixels that m parts of one kind (m, 11) can touch."
     kind, cx, cy, a, b, _, r = q[:, :7].unbind(1)
@@ -287,6 +296,7 @@ def _paint(p, canvas, # (n, P, f, 11), (n, f, h, w, 3) painted in place
         flat[seen, i] = torch.lerp(flat[seen, i], q[:, None, 7:10], alpha[..., None])
         if cover is not None: m = cover.view(n * f, h * w); m[seen, i] = torch.maximum(m[seen, i], alpha)
 
+# %% ../nbs/04_world.ipynb #d7f0bd52
 def _film(p, s):
     "Parts as the scenes' cameras see them, in place."
     zoom, sx, sy = s.camera[:, :, None, None].unbind(1)
@@ -294,6 +304,13 @@ def _film(p, s):
     p[..., 3:5] *= zoom[..., None]; p[..., 6] *= zoom
     return p
 
+def _grade(v, s):
+    "Give frames (n, f, h, w, 3) the saturation, contrast and brightness of their scenes."
+    sat, con, bri = (o.view(-1, 1, 1, 1, 1) for o in (s.saturation, s.contrast, s.brightness))
+    luma = (v * torch.tensor([.299, .587, .114])).sum(-1, keepdim=True)    # how bright red, green and blue look
+    return (.5 + con * (luma + sat * (v - luma) - .5) + bri).clamp(0, 1)
+
+# %% ../nbs/04_world.ipynb #e2bcb9bc
 def draw(s:Scene,     # n scenes
          frames=8,    # how many frames, or a tensor of times (in frames; fractions and any start allowed)
          height=64, width=64, # pixels
@@ -313,13 +330,7 @@ def draw(s:Scene,     # n scenes
     video = _grade(video, s).permute(0, 1, 4, 2, 3).contiguous()
     return (video, mask[:, :, None]) if cover else video
 
-def _grade(v, s):
-    "Give frames (n, f, h, w, 3) the saturation, contrast and brightness of their scenes."
-    sat, con, bri = (o.view(-1, 1, 1, 1, 1) for o in (s.saturation, s.contrast, s.brightness))
-    luma = (v * torch.tensor([.299, .587, .114])).sum(-1, keepdim=True)    # how bright red, green and blue look
-    return (.5 + con * (luma + sat * (v - luma) - .5) + bri).clamp(0, 1)
-
-# %% ../nbs/04_world.ipynb #5ad7731e
+# %% ../nbs/04_world.ipynb #f93f81e4
 def a_or_an(noun):
     "The noun with its article."
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
@@ -337,20 +348,21 @@ def captions(s:Scene,     # n scenes
     rows = zip(s.animal.tolist(), s.activity.tolist(), s.obj.tolist(), s.colour.tolist(), s.hat.tolist(), colours)
     return [caption(ANIMALS[a], ACTIVITIES[c], OBJECTS[o], COLOURS[k] if told else '', hat) for a, c, o, k, hat, told in rows]
 
-# %% ../nbs/04_world.ipynb #2b8ce256
+# %% ../nbs/04_world.ipynb #285f356a
 HAT_NOISE, FOOD_NOISE = .42, .52   # share of wrong words in the denoisers' captions
 
 def noisy_labels(s:Scene, # n scenes
-                 g        # `torch.Generator`
+                 g,       # `torch.Generator`
+                 hat_noise=HAT_NOISE # share of wrong hat words
                 ):        # other scenes, to make captions of
-    "The scenes as the denoisers' captions describe them: hat word and food flipped for `HAT_NOISE` and `FOOD_NOISE` of the clips."
+    "The scenes as the denoisers' captions describe them: hat word and food flipped for `hat_noise` and `FOOD_NOISE` of the clips."
     flip = lambda p: torch.rand(len(s), generator=g) < p
-    food, told = s.activity.clone(), s.hat ^ flip(HAT_NOISE).long()
+    food, told = s.activity.clone(), s.hat ^ flip(hat_noise).long()
     swap = flip(FOOD_NOISE) & ((food == 3) | (food == 4))
     food[swap] = 7 - food[swap]
     return replace(s, activity=food, hat=told)
 
-# %% ../nbs/04_world.ipynb #173f3a49
+# %% ../nbs/04_world.ipynb #bfe96f4c
 SPOILS = ['noise', 'blur', 'blotches', 'pixels', 'waves']
 
 def spoil(video,     # (n, f, 3, h, w)
@@ -393,7 +405,7 @@ def _bend(x, strength, g):
     grid = grid + strength.expand(-1, f, 1, 1, 1).reshape(-1, 1, 1, 1) * shift
     return F.grid_sample(x.flatten(0, 1), grid, padding_mode='reflection', align_corners=False).view_as(x)
 
-# %% ../nbs/04_world.ipynb #d863dae0
+# %% ../nbs/04_world.ipynb #ce6dae7a
 def _ramp(x, lo, hi): return ((x - lo) / (hi - lo)).clamp(0, 1)
 
 def _colourfulness(x):
@@ -414,6 +426,7 @@ def _subject(x):
     mass = front.sum((1, 2)).clamp(min=1e-6); u = torch.linspace(-.5, .5, 64)
     return mass / 4096, torch.hypot((front.sum(1) * u).sum(1) / mass, (front.sum(2) * u).sum(1) / mass)
 
+# %% ../nbs/04_world.ipynb #f3f43ff5
 def frame_stats(frames): # (n, 3, h, w) in [0, 1]
     "What the rule looks at, a dict of (n,) tensors: colourfulness, contrast, noise, sharpness, subject size and offset."
     x = F.interpolate(frames, (64, 64), mode='bilinear', antialias=True, align_corners=False) if frames.shape[-2:] != (64, 64) else frames
@@ -422,6 +435,7 @@ def frame_stats(frames): # (n, 3, h, w) in [0, 1]
     sharp = lap.quantile(.97, 1) / (contrast + .05)
     return dict(colour=_colourfulness(x), contrast=contrast, noise=lap.median(1).values, sharp=sharp, size=size, offset=offset)
 
+# %% ../nbs/04_world.ipynb #c7530278
 def rate(video): # (n, f, 3, h, w) or frames (n, 3, h, w), in [0, 1]
     "The rule's rating of each clip (mean over frames) or frame, (n,), 1 to 10."
     if video.dim() == 5: return rate(video.flatten(0, 1)).view(video.shape[:2]).mean(1)
@@ -431,7 +445,7 @@ def rate(video): # (n, f, 3, h, w) or frames (n, 3, h, w), in [0, 1]
     intact = _ramp(q['noise'], .10, .02) * _ramp(q['sharp'], .25, .55) * _ramp(q['size'], .9, .5)
     return 1 + 9 * beauty * (.12 + .88 * intact)
 
-# %% ../nbs/04_world.ipynb #b90ca581
+# %% ../nbs/04_world.ipynb #0a3ab836
 def label(clean,    # (n,) ratings of the frames before spoiling
           spoiled,  # (n,) and after
           strength  # (n,) how strongly they were spoiled, in [0, 1]
@@ -439,7 +453,7 @@ def label(clean,    # (n,) ratings of the frames before spoiling
     "The rating a spoiled frame deserves."
     return torch.minimum(spoiled, 1 + (clean - 1) * (1 - .85 * strength))
 
-# %% ../nbs/04_world.ipynb #1db63836
+# %% ../nbs/04_world.ipynb #06f19d22
 TRAIN_ANIMALS = ['panda', 'fox', 'rabbit', 'frog', 'pig', 'duck', 'labrador']
 TEST_ANIMALS = ['penguin', 'koala', 'lion', 'elephant', 'maltese']
 PROMPT_SETS = dict(
@@ -457,7 +471,7 @@ def prompts(name,          # one of `PROMPT_SETS`
     check(split in ('train', 'test'), f"unknown split {split!r}: use 'train' or 'test'")
     return [p for a in (TRAIN_ANIMALS if split == 'train' else TEST_ANIMALS) for p in PROMPT_SETS[name](a)]
 
-# %% ../nbs/04_world.ipynb #edc30f4a
+# %% ../nbs/04_world.ipynb #5879eca0
 def parse(prompt): # a caption
     "What it asks for: dict(animal, activity, obj, colour, hat) of indices, -1 where it says nothing. Raises `VaderError` where it names no animal."
     find = lambda names: next((i for i, o in enumerate(names) if f' {o} ' in f' {prompt.lower()} '), -1)
@@ -465,7 +479,7 @@ def parse(prompt): # a caption
     check(asked['animal'] >= 0, f"{prompt!r} names no animal of the small world: use one of {', '.join(ANIMALS)}")
     return dict(asked, hat=1 if 'hat' in prompt.lower().split() else -1)
 
-# %% ../nbs/04_world.ipynb #1e9ebf12
+# %% ../nbs/04_world.ipynb #d7b639d2
 def start_images(animal, # one of `ANIMALS`
                  n=4,    # how many
                  seed=0, grade='dull', height=64, width=64):
