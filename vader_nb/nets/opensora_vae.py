@@ -119,7 +119,7 @@ class OpenSoraVAE(nn.Module):
         super().__init__()
         from diffusers import AutoencoderKL
         self.config = dict(vae_2d=dict(vae_2d), vae_temporal=dict(vae_temporal), image_scale=image_scale)
-        self.spatial_vae, self.temporal_vae, self.image_scale = nn.ModuleDict(dict(module=AutoencoderKL(**vae_2d))), TemporalVAE(**vae_temporal), image_scale
+        self.spatial_vae, self.temporal_vae, self.image_scale = nn.ModuleDict(dict(module=AutoencoderKL.from_config(dict(vae_2d)))), TemporalVAE(**vae_temporal), image_scale
         for name, values in dict(shift=shift, scale=scale).items(): self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1))
 
     @property
