@@ -360,7 +360,7 @@ def test_the_small_vae_borrows_its_image_stage(folders):
 
 
 def test_full_scale_with_embeddings_needs_no_text_encoder(folders, monkeypatch):
-    monkeypatch.setattr(opensora, 'model_path', lambda name, scale='small': folders/dict([('opensora', 'stdit'), ('opensora-vae', 'vae'), ('t5', 't5')])[name] if name != 't5' else pytest.fail('T5 was asked for'))
+    monkeypatch.setattr(opensora, 'model_path', lambda name, scale='small': folders/dict([('opensora', 'stdit'), ('opensora_vae', 'vae'), ('t5', 't5')])[name] if name != 't5' else pytest.fail('T5 was asked for'))
     model = open_opensora(folders/'stdit', folders/'vae', folders/'t5', native_size=(17, 32, 32))
     drop_text_encoder(model, ['a fox'], folders/'words.safetensors')
     full = load_opensora('full', 'cpu', embeddings=folders/'words.safetensors')

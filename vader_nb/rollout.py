@@ -79,7 +79,7 @@ def sample(
     with torch.no_grad(), eval_mode(model.denoiser):
         cond = model.encode(prompts, *size, generator=rng)
         x = model.noise(len(cond), *size, generator=rng)
-        state = last(rollout(model, cond, x, model.sampler(steps, kind, eta), guidance, generator=rng))
+        state = last(rollout(model, cond, x, model.sampler(steps, kind, eta, size), guidance, generator=rng))
         return model.decode(state.step.x).clamp(0, 1)
 
 # %% ../nbs/12_rollout.ipynb #fd02bc5e

@@ -27,15 +27,15 @@ class Config:
     experiment: str = 'custom'  # its name in `vader list`
     scale: str = 'small'        # 'small' or 'full'
     seed: int = 0
-    steps: int = 60             # optimizer steps
+    steps: int = 40             # optimizer steps
     batch: int = 4              # clips per pass, all processes together
     accumulate: int = 1         # passes per optimizer step
-    lr: float = 1e-3            # AdamW's learning rate
+    lr: float = 2e-3            # AdamW's learning rate
     clip: float = 1.            # largest norm of the gradient
     rank: int = 8               # of LoRA
     alpha: float = 8.           # LoRA's update is scaled by alpha / rank
     T: int = 12                 # sampling steps
-    K: int = 3                  # the last of them that may carry a gradient
+    K: int = 6                  # the last of them that may carry a gradient
     where: str = 'x0'           # 'last': decode the sample; 'x0': its estimate at one of the last K steps
     sampler: str = 'ddim'       # 'ddpm', 'ddim', 'dpm++', 'euler' or 'rflow'
     eta: float = 0.             # DDIM's share of fresh noise
@@ -86,9 +86,9 @@ def vader_step(
 ):  # -> loss, dict name -> (b,) of what to log, 'reward' among it
     "Algorithm 1 of the paper for one batch, up to the loss whose gradient is minus the reward's."
     c = config
-    cond = model.encode(prompts, c.frames, c.height, c.width)
-    x = model.noise(len(prompts), c.frames, c.height, c.width, generator)
-    latents = differentiable_latents(model, cond, x, model.sampler(c.T, c.sampler, c.eta), c.guidance, c.K, c.where, generator)
+    size = c.frames, c.height, c.width
+    cond, x = model.encode(prompts, *size), model.noise(len(prompts), *size, generator)
+    latents = differentiable_latents(model, cond, x, model.sampler(c.T, c.sampler, c.eta, size), c.guidance, c.K, c.where, generator)
     shown = pick_frames(c.frames, c.frames if reward.wants == 'clip' else c.decode, generator)
     parts = reward.parts(model.decode(latents, shown), prompts, generator)
     scores = reward.combine(parts).float()
@@ -402,7 +402,7 @@ def part_seconds(
     "The parts of one VADER pass, each measured alone."
     c, model, g = run.config, run.model, generator(0)
     size = c.frames, c.height, c.width
-    cond, x, t = model.encode(prompts, *size), model.noise(len(prompts), *size, generator=g), model.sampler(c.T).timesteps[0]
+    cond, x, t = model.encode(prompts, *size), model.noise(len(prompts), *size, generator=g), model.sampler(c.T, c.sampler, size=size).timesteps[0]
     denoise = lambda: model.predict(x, t, cond, c.guidance)
     with torch.no_grad(): parts = dict(denoise=seconds(lambda: [denoise() for _ in range(c.T - c.K)]))
     preds = []

@@ -134,6 +134,6 @@ class VideoModel:
         if frames is not None: z = z[:, check_frames(frames, z.shape[1])]
         return from_frames(self.to_pixels(to_frames(z)), len(z))
 
-    def sampler(self, steps, kind='ddim', eta=0.):
-        "A sampler of `steps` steps on this model's noise schedule; `kind` as in `sampler_from_config`."
+    def sampler(self, steps, kind='ddim', eta=0., size=()):
+        "A sampler of `steps` steps on this model's noise schedule, which may hang on the clip's `size`; `kind` as in `sampler_from_config`."
         return sampler_from_config(self.scheduler.config, kind, steps, eta)

@@ -227,7 +227,7 @@ def load_opensora(
     "The Open-Sora of that scale; raises `VaderError` where it cannot be had."
     device, small = pick_device(device), scale == 'small'
     dtype = pick_dtype(dtype or ('fp32' if small or device.type == 'cpu' else 'bf16'))
-    folders = [model_path(name, scale) for name in ('opensora', 'opensora-vae')]
+    folders = [model_path(name, scale) for name in ('opensora', 'opensora_vae')]
     text = None if embeddings else model_path('clip' if small else 't5', scale)
     model = open_opensora(*folders, text, device, dtype, model_path('vae') if small else None, **(SMALL if small else {}))
     if embeddings: read_embeddings(model, embeddings)

@@ -125,9 +125,6 @@ class OpenSoraVAE(nn.Module):
     @property
     def image_vae(self): return self.spatial_vae['module']
 
-    @property
-    def decoder(self): return nn.ModuleList([self.temporal_vae.decoder, self.image_vae.decoder])
-
     def encode_frames(self, video):
         "Image latents (b, 4, f, h/8, w/8), the means."
         z = [self.image_vae.encode(v).latent_dist.mean for v in video.transpose(1, 2).flatten(0, 1).split(4)]
