@@ -1,0 +1,152 @@
+"Compressibility against PIL, and the depth reward against transformers."
+import io
+from pathlib import Path
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from PIL import Image
+
+from vader_nb.core import VaderError, generator
+from vader_nb.reward import check_reward, reward_gradient
+from vader_nb.rewards.depth import Depth, correlation, depth_view, load_depth, near, world_depth
+from vader_nb.rewards.jpeg import Compressibility, block_dct, dct_matrix, luma_chroma, quality_tables, soft_round
+from vader_nb.rewards.vjepa import imagenet_normalise
+from vader_nb.show import to_uint8
+from vader_nb.world import SPOILS, draw, scenes, spoil
+from vader_nb.zoo import model_path
+
+@pytest.fixture(scope='module')
+def video(): return draw(scenes(3, 5, 'any', activity='playing chess'), 2, 48, 64)
+
+def jpeg(frame, quality):
+    "A frame (3, h, w) as the bytes of a JPEG file."
+    Image.fromarray(to_uint8(frame[None])[0, 0]).save(out := io.BytesIO(), 'JPEG', quality=quality)
+    return out.getvalue()
+
+# JPEG, piece by piece
+
+@pytest.mark.parametrize('quality', [1, 10, 49, 50, 75, 95, 100])
+def test_tables_are_those_in_a_file(quality):
+    theirs = Image.open(io.BytesIO(jpeg(torch.zeros(3, 16, 16), quality))).quantization
+    assert [theirs[i] for i in range(2)] == [t.int().flatten().tolist() for t in quality_tables(quality)]
+
+@pytest.mark.parametrize('quality', [0, 101])
+def test_no_such_quality(quality):
+    with pytest.raises(VaderError, match='between 1 and 100'): Compressibility(quality)
+
+def test_colours_are_pils():
+    x = torch.rand(3, 16, 16, generator=generator(0))
+    theirs = torch.from_numpy(np.array(Image.fromarray(to_uint8(x[None])[0, 0]).convert('YCbCr'))).float().permute(2, 0, 1) - 128
+    y, c = luma_chroma(x[None])
+    assert (y[0] - theirs[:1]).abs().max() < 1.6 and (c[0] - F.avg_pool2d(theirs[1:], 2)).abs().max() < 1.6
+
+def test_padding_repeats_the_edge():
+    y, c = luma_chroma(torch.rand(2, 3, 17, 30))
+    assert y.shape == (2, 1, 32, 32) and c.shape == (2, 2, 16, 16)
+    assert torch.equal(y[:, :, 17:, :30], y[:, :, 16:17, :30].expand(-1, -1, 15, -1))
+
+def test_dct_keeps_lengths_and_has_the_textbook_values():
+    x = torch.randn(2, 1, 16, 24)
+    assert torch.allclose(block_dct(x).square().sum(), x.square().sum(), rtol=1e-5)
+    flat = block_dct(torch.full((1, 1, 8, 8), 3.))[0, 0, 0, 0]
+    assert abs(flat[0, 0] - 24) < 1e-5 and flat.flatten()[1:].abs().max() < 1e-5
+    one = torch.outer(dct_matrix()[2], dct_matrix()[5])
+    assert torch.allclose(block_dct(F.pad(one, (8, 0))[None, None])[0, 0, 0, 1], F.one_hot(torch.tensor(21), 64).view(8, 8).float(), atol=1e-6)
+
+def test_soft_round_meets_the_stairs():
+    n = torch.arange(-5., 6)
+    assert torch.allclose(soft_round(n), n, atol=1e-5) and torch.allclose(soft_round(n + .5), n + .5, atol=1e-5)
+    x = torch.linspace(-3, 3, 1000)
+    assert (soft_round(x) - x.round()).abs().mean() < (x - x.round()).abs().mean() * .65 and (soft_round(x).diff() > -1e-6).all()
+
+@pytest.mark.parametrize('quality', [20, 75, 90])
+def test_order_is_that_of_real_files(quality):
+    clean = draw(scenes(50, 3, 'any'), 1)
+    frames = torch.cat([clean[:20], *[spoil(v, k, torch.rand(6, generator=generator(2)), generator(1)) for k, v in zip(SPOILS, clean[20:].split(6))]])[:, 0]
+    real = torch.tensor([float(len(jpeg(f, quality))) for f in frames])
+    ranks = [v.argsort().argsort().float() for v in (real, Compressibility(quality).bits(frames))]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > .97
+
+# The compressibility reward
+
+def test_compressibility_contract(video): check_reward(Compressibility(), video)
+
+def test_a_flat_grey_frame_is_the_best(video):
+    reward, grey = Compressibility(), torch.full((1, 2, 3, 32, 32), 128 / 255)
+    assert reward(grey).abs().item() < 1e-3 and (reward(video) < -.1).all()
+
+def test_finer_quality_takes_more_bits(video):
+    bits = torch.stack([-Compressibility(q)(video) for q in (10, 50, 90)])
+    assert (bits.diff(dim=0) > 0).all()
+
+def test_descending_bits_shrinks_the_file(video):
+    reward, x = Compressibility(), video[:1].clone()
+    for _ in range(30): x = (x + .003 * reward_gradient(reward, x)[1].sign()).clamp(0, 1)
+    payload = lambda v: len(jpeg(v[0, 0], 75)) - len(jpeg(torch.zeros(3, 48, 64), 75))
+    assert payload(x) < .9 * payload(video)
+
+def test_the_opposite_wish(video): assert torch.equal((-1 * Compressibility())(video), -Compressibility()(video))
+
+# Depth
+
+@pytest.fixture(scope='module')
+def net():
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8,
+                                out_features=['stage1', 'stage2', 'stage3', 'stage4'], reshape_hidden_states=False)
+        return DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone, patch_size=8, reassemble_hidden_size=16,
+            neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, head_hidden_size=8))
+
+def test_depth_contract(net, video): check_reward(Depth(net), video)
+
+@pytest.mark.parametrize('h, w', [(320, 512), (256, 256), (64, 96), (720, 480), (518, 518), (600, 601)])
+def test_sizes_are_the_processors(h, w):
+    from transformers import DPTImageProcessor
+    theirs = DPTImageProcessor(size=dict(height=518, width=518), keep_aspect_ratio=True, ensure_multiple_of=14, resample=3, do_pad=False)
+    u8 = (F.interpolate(torch.rand(1, 3, 9, 9, generator=generator(0)), (h, w), mode='bilinear')[0] * 255).byte()
+    want = theirs(u8, return_tensors='pt').pixel_values
+    ours = depth_view(u8[None] / 255, 518, 14)
+    assert ours.shape[-2:] == want.shape[-2:]
+
+def test_a_frame_of_the_right_size_is_untouched():
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(depth_view(x, 32, 8), imagenet_normalise(x))
+
+def test_correlation_is_pearsons_and_knows_no_units():
+    a, b = torch.rand(4, 6, 7), torch.rand(4, 6, 7)
+    want = torch.stack([torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1] for x, y in zip(a, b)])
+    assert torch.allclose(correlation(a, b), want, atol=1e-6)
+    assert torch.allclose(correlation(3 * a + 7, b), want, atol=1e-5) and torch.allclose(correlation(-a, b), -want, atol=1e-6)
+
+def test_score_is_the_correlation_of_the_librarys_depth(net, video):
+    wish = torch.rand(32, 40, generator=generator(0))
+    reward = Depth(net, wish)
+    view = depth_view(video[:, 0], 32, 8)
+    d = net(pixel_values=view).predicted_depth
+    want = correlation(d, F.interpolate(wish[None, None], d.shape[1:], mode='bilinear', antialias=True)[0].expand_as(d))
+    assert torch.allclose(reward(video[:, :1]), want, atol=1e-6)
+
+def test_near_is_where_it_should_be():
+    wish = near(.75, .25, size=40)
+    assert divmod(wish.argmax().item(), 40) in [(r, c) for r in (9, 10) for c in (29, 30)] and wish.max() <= 1
+
+def test_true_depths_rank_as_they_lie():
+    video, depth = world_depth(scenes(2, 1), 2)
+    assert depth.shape == (2, 2, 1, 64, 64) and .1 - 1e-6 <= depth.min() and depth.max() <= .8 + 1e-6
+    assert torch.equal(video, draw(scenes(2, 1), 2))
+    wall = draw(scenes(2, 1), 2, cover=True)[1][:, :, :, :48] == 0
+    assert torch.allclose(depth[:, :, :, :48][wall], torch.tensor(.1)), 'the wall is far'
+
+@pytest.mark.parametrize('wish', [torch.zeros(4, 4), torch.rand(1, 4, 4), torch.tensor([[1., float('nan')]])])
+def test_bad_wishes(net, wish):
+    with pytest.raises(VaderError, match='a wish is a picture'): Depth(net, wish)
+
+@pytest.mark.skipif(not Path(model_path('clip')).parent.joinpath('depth').is_dir(), reason='the small depth network is not there yet')
+def test_small_knows_the_worlds_depths():
+    video, depth = world_depth(scenes(20, 99, 'any'), 1)
+    reward = load_depth('small', 'cpu')
+    with torch.no_grad(): assert correlation(reward.depth(video[:, 0]), depth[:, 0, 0]).mean() > .85
+    side = lambda x: load_depth('small', near(x), 'cpu')(video)
+    with torch.no_grad(): wins = ((side(.3) > side(.7)) == (torch.tensor([d[0, 0].mean(0).argmax() < 32 for d in depth]))).float().mean()
+    assert wins > .7
