@@ -8,7 +8,8 @@ __all__ = ['HUE', 'ABOUT', 'make_vae', 'quick_start', 'frames', 'error', 'vae_lo
 
 # %% ../../nbs/zoo/01_vae.ipynb #724c2138
 import torch, torch.nn.functional as F
-from ..core import atomic_path, generator
+from pathlib import Path
+from ..core import atomic_path, generator, read_json
 from ..world import SPOILS, draw, scenes, spoil
 from .loop import options, pretrain, write_card
 
@@ -102,27 +103,28 @@ def quality(vae, n=300, seed=1_000_003): # a seed that no training uses
 
 ABOUT = 'An `AutoencoderKL` trained on frames of the small world; shared by the small base models.'
 
-def _publish(state, step, a):
+def _publish(state, a, facts):
     "Write averaged weights as a checkpoint with its card."
     vae = make_vae(); vae.load_state_dict(state); vae.eval()
     if not a.decoder: unit_latents(vae, generator(7))
-    facts = dict(data='frames drawn on the fly, all grades, 32 to 96 pixels, 1 in 6 spoiled', seed=0,
-                 steps=f'{step} of {a.steps}, batch 12' + ' (decoder, after the whole was trained)' * a.decoder,
-                 command='python -m vader_nb.pretrain.vae' + ' --decoder' * a.decoder)
     with atomic_path(a.to) as d:
         vae.half().save_pretrained(d)
         write_card(d, 'Small image VAE', ABOUT, facts, quality(vae.float()))
 
 def main(argv=None):
-    "Train the VAE; `--decoder` only improves the decoder of the one that stands at `--to`."
+    "Train the VAE; `--decoder` only improves the decoder of the one that stands at `--to`, with a seed of its own."
     from diffusers import AutoencoderKL
-    a = options(argv, main.__doc__, steps=5000, out='runs/zoo/vae', to='vader_nb/checkpoints/modelscope/vae', decoder=False)
+    a = options(argv, main.__doc__, steps=5000, out='runs/zoo/vae', to='vader_nb/checkpoints/modelscope/vae', decoder=False, seed=0)
     torch.manual_seed(0); vae = AutoencoderKL.from_pretrained(a.to).float() if a.decoder else quick_start(make_vae())
     vae = vae.to(memory_format=torch.channels_last)                           # a tenth faster on a CPU
+    facts = {'data': 'frames drawn on the fly, all grades, 32 to 96 pixels, 1 in 6 spoiled', 'steps': f'{a.steps}, batch 12', 'seed': a.seed,
+             'command': 'python -m vader_nb.pretrain.vae'}
     if a.decoder:
         for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv): part.requires_grad_(False)
-    loss, how = (decoder_loss, dict(lr=2e-3, seed=4)) if a.decoder else (vae_loss, dict(lr=3e-3, seed=0))
-    pretrain(vae, lambda g, step: loss(vae, g), a.steps, a.out, weight_decay=1e-4, save_every=300,
-             milestone=lambda w, step: _publish(w, step, a), **how)
+        facts = read_json(Path(a.to) / 'card.json')['training']
+        facts[f'then, seed {a.seed}'] = f'{a.steps} steps of the decoder alone (--decoder --seed {a.seed})'
+    loss = decoder_loss if a.decoder else vae_loss
+    pretrain(vae, lambda g, step: loss(vae, g), a.steps, a.out, lr=2e-3 if a.decoder else 3e-3, seed=a.seed, weight_decay=1e-4, save_every=300,
+             milestone=lambda w, step: _publish(w, a, facts))
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
