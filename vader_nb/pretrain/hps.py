@@ -142,7 +142,7 @@ def _publish(state, step, tok, vae, a):
 
 def main(argv=None):
     "Tune the small CLIP on preference pairs, as HPSv2 was."
-    a = options(argv, main.__doc__, steps=500, out='runs/zoo/hps', to='vader_nb/checkpoints/hps',
+    a = options(argv, main.__doc__, steps=80, out='runs/zoo/hps', to='vader_nb/checkpoints/hps',
                 clip='vader_nb/checkpoints/clip', vae='vader_nb/checkpoints/modelscope/vae')
     clip, tok, vae = sources(a)
     clip = open_clip_net(CONFIG, to_open_clip(clip.state_dict()))

@@ -54,7 +54,7 @@ def _publish(clip, tok, vae, step, a):
 
 def main(argv=None):
     "Tune the small CLIP on votes, as PickScore was."
-    a = options(argv, main.__doc__, steps=500, out='runs/zoo/pickscore', to='vader_nb/checkpoints/pickscore',
+    a = options(argv, main.__doc__, steps=80, out='runs/zoo/pickscore', to='vader_nb/checkpoints/pickscore',
                 clip='vader_nb/checkpoints/clip', vae='vader_nb/checkpoints/modelscope/vae')
     clip, tok, vae = sources(a)
     def publish(weights, step):
