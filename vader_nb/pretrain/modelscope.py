@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULER', 'SIZES', 'HATS', 'ABOUT', 'INDEX', 'make_unet', 'chunk', 'embed', 'Batches', 'unet_loss', 'exam',
-           'quality', 'write_pipeline', 'measure', 'first_course', 'second_course', 'main']
+           'judge_exam', 'quality', 'write_pipeline', 'measure', 'first_course', 'second_course', 'main']
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #f7c88a8c
 from pathlib import Path
@@ -99,17 +99,20 @@ def exam():
     food = [caption(a, c) for c in LOOKALIKE for a in ANIMALS]
     return [core[i % 36] for i in range(120)] + [hats[i % 36] for i in range(40)] + [food[i % 24] for i in range(40)]
 
+def judge_exam(video): # (200, f, 3, h, w)
+    "What the judges say of one clip for each prompt of the exam, as a dict."
+    got, core, hats, food = judge_clips(video, exam()), slice(0, 120), slice(120, 160), slice(160, 200)
+    share = lambda k, m: f'{got[k][m].nanmean().item():.1%}'
+    mean = lambda k: round(got[k].mean().item(), 2)
+    return {'core activity': share('activity', core), 'animal': share('animal', core), 'asked hat': share('hat', hats),
+            'look-alike action': share('activity', food), 'rating by the rater': mean('rating'), 'rating by the rule': mean('rule')}
+
 def quality(model,     # a small text-to-video `VideoModel`
             steps=25, guidance=4., seed=0):
     "Samples of the exam (200, f, 3, h, w), and what the judges say of them as a dict."
     prompts = exam()
     video = torch.cat([sample(model, prompts[i:i + 20], steps, guidance, seed=seed + i) for i in range(0, 200, 20)])
-    got, core, hats, food = judge_clips(video, prompts), slice(0, 120), slice(120, 160), slice(160, 200)
-    share = lambda k, m: f'{got[k][m].nanmean().item():.1%}'
-    mean = lambda k: round(got[k].mean().item(), 2)
-    return video, {'core activity': share('activity', core), 'animal': share('animal', core), 'asked hat': share('hat', hats),
-                   'look-alike action': share('activity', food), 'rating by the rater': mean('rating'), 'rating by the rule': mean('rule'),
-                   'guidance': guidance, 'DDIM steps': steps}
+    return video, judge_exam(video) | {'guidance': guidance, 'DDIM steps': steps}
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #dbcba8a0
 ABOUT = 'A `UNet3DConditionModel` that draws dull clips of the small world from noisy captions; uses the small VAE and the text tower of the small CLIP.'
