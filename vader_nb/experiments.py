@@ -38,7 +38,7 @@ a robot watering a plant; an astronaut floating in space; a snowman melting in t
 KINETICS_LABELS = '''playing piano; playing guitar; playing violin; playing cello; playing drums; playing chess; playing cards; playing badminton; playing tennis; playing basketball
 eating doughnuts; eating watermelon; eating spaghetti; eating burger; eating ice cream; drinking beer; flipping pancake; making pizza; washing dishes; cutting pineapple
 riding a bike; riding scooter; riding camel; riding unicycle; skateboarding; jogging; dancing ballet; juggling balls; jumping into pool; climbing tree
-chopping wood; shoveling snow; flying kite; throwing discus; archery; blowing out candles; reading book; writing; painting fence; watering plants'''.replace('\n', '; ').split('; ')
+chopping wood; shoveling snow; flying kite; throwing discus; doing aerobics; blowing out candles; reading book; writing; spray painting; watering plants'''.replace('\n', '; ').split('; ')
 
 # %% ../nbs/25_experiments.ipynb #39b35d9d
 COMMON_ANIMALS = '''cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish shark whale
@@ -104,13 +104,13 @@ modelscope_full = dict(steps=300, batch=1, accumulate=16, lr=2e-4, rank=16, alph
 
 EXPERIMENTS = {
     'modelscope-aesthetic': Experiment('Figures 6 and 7, Table 1', 'ModelScope learns to please the aesthetic predictor', load_modelscope, load_aesthetic,
-                                       action_prompts, dict(steps=40, lr=2e-3, T=12, K=6, guidance=4., eval_every=10), modelscope_full),
+                                       action_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-action': Experiment('Figures 7 and 8, Table 1', 'ModelScope learns to do what the prompt says', load_modelscope, load_action,
-                                    label_prompts, dict(steps=40, lr=2e-3, T=12, K=6, guidance=4., eval_every=10), modelscope_full),
+                                    label_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-remove-book': Experiment('Figure 5', 'ModelScope learns to leave out the book that it is asked for', load_modelscope, load_objects,
-                                         book_prompts, dict(steps=40, lr=2e-3, T=12, K=6, guidance=4., eval_every=10), modelscope_full),
+                                         book_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-hps': Experiment('Figures 6 and 7, Tables 1 and 2', 'ModelScope learns to draw what the prompt asks, hats included', load_modelscope, load_hps,
-                                 hat_prompts, dict(steps=40, lr=2e-3, T=12, K=6, guidance=4., eval_every=10), modelscope_full),
+                                 hat_prompts, dict(eval_every=10), modelscope_full),
 }
 
 # %% ../nbs/25_experiments.ipynb #b3f68ffe
