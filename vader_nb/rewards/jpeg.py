@@ -6,7 +6,7 @@
 __all__ = ['YCC', 'LUMA_TABLE', 'CHROMA_TABLE', 'luma_chroma', 'dct_matrix', 'block_dct', 'quality_tables', 'soft_round',
            'amplitude_bits', 'Compressibility']
 
-# %% ../../nbs/19c_jpeg.ipynb #da82d9d7
+# %% ../../nbs/19c_jpeg.ipynb #0dbf45e2
 import math
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..core import check
 from ..reward import Reward, frame_mean
 
-# %% ../../nbs/19c_jpeg.ipynb #6333825b
+# %% ../../nbs/19c_jpeg.ipynb #ec6cc0e1
 YCC = ((.299, .587, .114), (-.168736, -.331264, .5), (.5, -.418688, -.081312))   # ITU-R BT.601, as JFIF prescribes
 
 def luma_chroma(frames # (n, 3, h, w) in [0, 1]
@@ -26,7 +26,7 @@ def luma_chroma(frames # (n, 3, h, w) in [0, 1]
     x = torch.einsum('kc,nchw->nkhw', torch.tensor(YCC, device=x.device), 255 * x)
     return x[:, :1] - 128, F.avg_pool2d(x[:, 1:], 2)
 
-# %% ../../nbs/19c_jpeg.ipynb #6ab01130
+# %% ../../nbs/19c_jpeg.ipynb #9f170c5e
 def dct_matrix():
     "The 8 x 8 matrix whose rows are cosine waves of unit length."
     k, x = torch.arange(8.)[:, None], torch.arange(8.)[None]
@@ -38,7 +38,7 @@ def block_dct(x # (n, c, h, w), sides multiples of 8
     d = dct_matrix().to(x)
     return torch.einsum('ui,ncrisj,vj->ncrsuv', d, x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)), d)
 
-# %% ../../nbs/19c_jpeg.ipynb #8b6afc40
+# %% ../../nbs/19c_jpeg.ipynb #bd3d1e22
 LUMA_TABLE = (16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
               18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99)
 CHROMA_TABLE = (17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99, 47, 66) + (99,) * 38
@@ -50,12 +50,12 @@ def quality_tables(quality # 1 to 100
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     return [((torch.tensor(t) * scale + 50) // 100).clamp(1, 255).float().view(8, 8) for t in (LUMA_TABLE, CHROMA_TABLE)]
 
-# %% ../../nbs/19c_jpeg.ipynb #e96e1e62
+# %% ../../nbs/19c_jpeg.ipynb #e8a97d24
 def soft_round(x):
     "Close to `x.round()`, but with a slope."
     return x - torch.sin(2 * math.pi * x) / (2 * math.pi)
 
-# %% ../../nbs/19c_jpeg.ipynb #09018bb1
+# %% ../../nbs/19c_jpeg.ipynb #7cf46b30
 def amplitude_bits(waves, # from `block_dct`
                    table  # (8, 8)
                    ):
