@@ -6,14 +6,14 @@
 __all__ = ['HUE', 'ABOUT', 'make_vae', 'quick_start', 'frames', 'error', 'vae_loss', 'unit_latents', 'decoder_loss', 'quality',
            'main']
 
-# %% ../../nbs/zoo/01_vae.ipynb #724c2138
+# %% ../../nbs/zoo/01_vae.ipynb #624486ff
 import torch, torch.nn.functional as F
 from pathlib import Path
 from ..core import atomic_path, generator, read_json
 from ..world import SPOILS, draw, scenes, spoil
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/01_vae.ipynb #adac08f6
+# %% ../../nbs/zoo/01_vae.ipynb #d04a4f6e
 def make_vae():
     "The small `AutoencoderKL`: 8x smaller in space, 4 channels, 1 M parameters."
     from diffusers import AutoencoderKL
@@ -29,7 +29,7 @@ def quick_start(vae): # changed in place
     vae.quant_conv.bias.data[4:] = -5.                                        # log variance of the posterior
     return vae
 
-# %% ../../nbs/zoo/01_vae.ipynb #d480677a
+# %% ../../nbs/zoo/01_vae.ipynb #c97bf792
 def frames(g,   # `torch.Generator`
            n=12 # how many; half as many large ones
           ):
@@ -43,7 +43,7 @@ def frames(g,   # `torch.Generator`
     x[:k] = spoil(x[:k, None], kind, torch.rand(k, generator=g), g)[:, 0]
     return x, cover, s.contrast
 
-# %% ../../nbs/zoo/01_vae.ipynb #03763a2b
+# %% ../../nbs/zoo/01_vae.ipynb #cd019686
 HUE = torch.tensor([[1., -1., 0.], [.5, .5, -1.]])   # red-green and yellow-blue
 
 def error(y, x,    # (n, 3, h, w) reconstruction and original
@@ -66,7 +66,7 @@ def vae_loss(vae, g, # network and `torch.Generator`
     seen = dict(psnr=-10 * d.pow(2).mean().log10(), kl=kl.detach(), std=q.mean.detach().std(), noise=q.std.detach().mean())
     return loss + kl_weight * kl, seen
 
-# %% ../../nbs/zoo/01_vae.ipynb #5db8ba77
+# %% ../../nbs/zoo/01_vae.ipynb #d9ed1587
 @torch.no_grad()
 def unit_latents(vae, # changed in place
                  g,   # `torch.Generator`
@@ -79,7 +79,7 @@ def unit_latents(vae, # changed in place
     q.weight[:4] /= s.view(-1, 1, 1, 1); q.bias[:4] = (q.bias[:4] - m) / s; q.bias[4:] -= 2 * s.log()
     p.bias += (p.weight[:, :, 0, 0] * m).sum(1); p.weight *= s.view(1, -1, 1, 1)
 
-# %% ../../nbs/zoo/01_vae.ipynb #cf28f015
+# %% ../../nbs/zoo/01_vae.ipynb #d4526c72
 def decoder_loss(vae, g,   # network and `torch.Generator`
                  sigma=.08 # largest noise on the latents
                 ):
@@ -90,7 +90,7 @@ def decoder_loss(vae, g,   # network and `torch.Generator`
     loss, d = error(y, x, cover, contrast)
     return loss, dict(psnr=-10 * d.pow(2).mean().log10())
 
-# %% ../../nbs/zoo/01_vae.ipynb #f2c8c1f8
+# %% ../../nbs/zoo/01_vae.ipynb #743f93c8
 @torch.no_grad()
 def quality(vae, n=300, seed=1_000_003): # a seed that no training uses
     "PSNR in dB of held-out frames of each grade."
