@@ -110,7 +110,7 @@ EXPERIMENTS = {
     'modelscope-remove-book': Experiment('Figure 5', 'ModelScope learns to leave out the book that it is asked for', load_modelscope, load_objects,
                                          book_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-hps': Experiment('Figures 6 and 7, Tables 1 and 2', 'ModelScope learns to draw what the prompt asks, hats included', load_modelscope, load_hps,
-                                 hat_prompts, dict(eval_every=10), modelscope_full),
+                                 hat_prompts, dict(eval_every=20), modelscope_full),
 }
 
 # %% ../nbs/25_experiments.ipynb #b3f68ffe
