@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'SMALL', 'flow_ratio', 'flow_sampler', 'clean_text', 'OpenSora', 'drop_text_encoder', 'read_embeddings',
            'fill', 'read_state', 'configured', 'open_stdit3', 'open_vae', 'open_text', 'open_opensora', 'load_opensora']
 
-# %% ../../nbs/09c_opensora.ipynb #56952689
+# %% ../../nbs/09c_opensora.ipynb #95a0eeb8
 from pathlib import Path
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..samplers import RFlow
 from ..video_model import Condition, VideoModel, check_frames, check_prompts
 from ..zoo import model_path
 
-# %% ../../nbs/09c_opensora.ipynb #5c1c1af3
+# %% ../../nbs/09c_opensora.ipynb #c491a7a8
 def flow_ratio(
     frames, height, width,  # of the clip: numbers, or tensors whose precision is kept
     base=512,               # side of the square at which r does not depend on the size
@@ -34,7 +34,7 @@ def flow_sampler(
     sigmas = [r * s / (1 + (r - 1) * s) for s in (1 - i / steps for i in range(steps))]
     return RFlow(1000 * torch.tensor(sigmas), [*sigmas, 0.])
 
-# %% ../../nbs/09c_opensora.ipynb #b941cd9c
+# %% ../../nbs/09c_opensora.ipynb #bee416c1
 def clean_text(
     text: str,
 ) -> str:
@@ -45,7 +45,7 @@ def clean_text(
     pipe = PixArtAlphaPipeline.__new__(PixArtAlphaPipeline)  # only for its method, which needs no networks
     return pipe._clean_caption(pipe._clean_caption(text))
 
-# %% ../../nbs/09c_opensora.ipynb #4bb0f04b
+# %% ../../nbs/09c_opensora.ipynb #efdc0c55
 class OpenSora(VideoModel):
     "Open-Sora 1.2, at any size: STDiT3, the spatio-temporal VAE and a text encoder behind the contract of `VideoModel`."
     name = 'opensora'
@@ -104,7 +104,7 @@ class OpenSora(VideoModel):
         check(isinstance(steps, int) and steps > 0, f'steps is {steps!r}; it must be a whole number from 1')
         return flow_sampler(steps, flow_ratio(*self.size(*size), self.base))
 
-# %% ../../nbs/09c_opensora.ipynb #b4253dc9
+# %% ../../nbs/09c_opensora.ipynb #b031d753
 def drop_text_encoder(
     model,      # an `OpenSora`
     prompts,    # all that will ever be asked for
@@ -129,7 +129,7 @@ def read_embeddings(
     check(all(v.shape == model.empty.shape for v in known.values()), f'the embeddings in {file} are another text encoder\'s: {model.name} needs {tuple(model.empty.shape)} each')
     model.cache.update(known)
 
-# %% ../../nbs/09c_opensora.ipynb #e52543e9
+# %% ../../nbs/09c_opensora.ipynb #f18ec14e
 LOOKS = {'model.diffusion_model.': 'VideoCrafter', 'spatial_blocks.': 'Open-Sora STDiT3', 'temporal_vae.': 'Open-Sora VAE', 'module.backbone.': 'V-JEPA', 'encoder.block.': 'T5',
          'text_model.': 'CLIP', 'visual.': 'open_clip', 'temp_convs': 'ModelScope UNet', 'spatial_res_block': 'Stable Video Diffusion UNet', 'lora_A': 'LoRA',
          'quant_conv': 'image VAE', 'condition_embedder': 'Wan transformer'}
@@ -146,11 +146,11 @@ def fill(
                  reshaped=[k for k in ours if k in theirs and ours[k] != theirs[k]])
     told = '; '.join(f'{len(v)} {kind}: {", ".join(v[:3])}' for kind, v in wrong.items() if v)
     look = next((name for mark, name in LOOKS.items() if any(mark in k for k in theirs)), 'no model known here')
-    check(not told, f'{where} is not a {type(net).__name__} of this size, it looks like {look} ({told}): use the folder of the right model')
+    check(not told, f'{where} is no {type(net).__name__} of this size, it looks like {look} ({told}): use the folder of the right model')
     net.load_state_dict(state, assign=True)
     return net.eval()
 
-# %% ../../nbs/09c_opensora.ipynb #a333ebb0
+# %% ../../nbs/09c_opensora.ipynb #0e6d42eb
 def read_state(
     folder,  # with one or several safetensors files
 ) -> dict:
@@ -176,7 +176,7 @@ def open_stdit3(folder) -> STDiT3:
     "The denoiser in `folder`; raises `VaderError` if it is not whole."
     return fill(configured(STDiT3, folder), read_state(folder), folder)
 
-# %% ../../nbs/09c_opensora.ipynb #59487dca
+# %% ../../nbs/09c_opensora.ipynb #36b445b7
 def open_vae(
     folder,           # with both stages, or with the temporal one
     image_vae=None,   # folder of the first stage, where `folder` has only the second
@@ -188,7 +188,7 @@ def open_vae(
     state = {f'spatial_vae.module.{k}': v for k, v in first.state_dict().items()}
     return fill(configured(OpenSoraVAE, folder, vae_2d=dict(first.config)), state | read_state(folder), folder)
 
-# %% ../../nbs/09c_opensora.ipynb #f8b856c3
+# %% ../../nbs/09c_opensora.ipynb #4866ea12
 def open_text(
     folder,        # of a T5 or a CLIP
     words,         # the longest caption, in tokens
@@ -203,7 +203,7 @@ def open_text(
     check(not info['missing_keys'], f'{folder} is not a whole {type(net).__name__}: {len(info["missing_keys"])} weights are missing, such as {sorted(info["missing_keys"])[:1]}')
     return net.eval(), read_part(AutoTokenizer, folder, model_max_length=words)
 
-# %% ../../nbs/09c_opensora.ipynb #2fd2670b
+# %% ../../nbs/09c_opensora.ipynb #0bade54a
 def open_opensora(
     denoiser, vae, text,   # folders; without `text` the model needs embeddings
     device='cpu',

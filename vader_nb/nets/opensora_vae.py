@@ -6,12 +6,12 @@
 __all__ = ['PIECE', 'IMAGE_VAE', 'CausalConv3d', 'ResBlock3d', 'TemporalEncoder', 'DoubleTime', 'TemporalDecoder', 'TemporalVAE',
            'pieces', 'latent_frames', 'OpenSoraVAE']
 
-# %% ../../nbs/09b_opensora_vae.ipynb #d4303052
+# %% ../../nbs/09b_opensora_vae.ipynb #0186c9b6
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/09b_opensora_vae.ipynb #e8e5549b
+# %% ../../nbs/09b_opensora_vae.ipynb #bf5b518f
 class CausalConv3d(nn.Module):
     "A convolution over (b, c, f, h, w) that sees a frame and those before it."
     def __init__(self, i, o, kernel=3, stride=1, bias=True):
@@ -21,7 +21,7 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x): return self.conv(F.pad(x, self.pad))
 
-# %% ../../nbs/09b_opensora_vae.ipynb #7b9a9c41
+# %% ../../nbs/09b_opensora_vae.ipynb #5abe9e08
 class ResBlock3d(nn.Module):
     "Norm, SiLU, convolution, twice; plus the input."
     def __init__(self, i, o, groups):
@@ -34,7 +34,7 @@ class ResBlock3d(nn.Module):
         h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         return h + (self.conv3(x) if hasattr(self, 'conv3') else x)
 
-# %% ../../nbs/09b_opensora_vae.ipynb #2baabad6
+# %% ../../nbs/09b_opensora_vae.ipynb #e1580f88
 class TemporalEncoder(nn.Module):
     "Latent frames (b, c, 4n, h, w) to moments (b, 2z, n, h, w)."
     def __init__(self, channels, moments, filters, blocks, multipliers, halve, groups):
@@ -55,7 +55,7 @@ class TemporalEncoder(nn.Module):
         for block in self.res_blocks: x = block(x)
         return self.conv2(F.silu(self.norm1(x)))
 
-# %% ../../nbs/09b_opensora_vae.ipynb #46be9510
+# %% ../../nbs/09b_opensora_vae.ipynb #8a4e72c2
 class DoubleTime(CausalConv3d):
     "(b, c, f, h, w) to (b, c, 2f, h, w)."
     def __init__(self, width): super().__init__(width, 2 * width)
@@ -80,7 +80,7 @@ class TemporalDecoder(nn.Module):
             x = up(x)
         return self.conv_out(F.silu(self.norm1(x)))
 
-# %% ../../nbs/09b_opensora_vae.ipynb #02033e92
+# %% ../../nbs/09b_opensora_vae.ipynb #9d53f6ad
 class TemporalVAE(nn.Module):
     "17 latent frames (b, 4, 17, h, w) to 5 latents (b, 4, 5, h, w) and back; the defaults are those of the published one."
     def __init__(self, in_out_channels=4, latent_embed_dim=4, embed_dim=4, filters=128, num_res_blocks=4, channel_multipliers=(1, 2, 2, 4),
@@ -99,7 +99,7 @@ class TemporalVAE(nn.Module):
         "The `frames` latent frames that `z` was made of."
         return self.decoder(self.post_quant_conv(z))[:, :, -frames:]
 
-# %% ../../nbs/09b_opensora_vae.ipynb #18ddd427
+# %% ../../nbs/09b_opensora_vae.ipynb #28a066ab
 PIECE = 17  # frames that the temporal VAE works on at once
 IMAGE_VAE = dict(in_channels=3, out_channels=3, down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4,
                  block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, norm_num_groups=32, sample_size=512)
@@ -112,7 +112,7 @@ def latent_frames(frames, ratio=4):
     "Latents of a clip along time."
     return sum(-(-n // ratio) for n in pieces(frames))
 
-# %% ../../nbs/09b_opensora_vae.ipynb #423c9d9e
+# %% ../../nbs/09b_opensora_vae.ipynb #82140a18
 class OpenSoraVAE(nn.Module):
     "Videos (b, 3, f, h, w) in [-1, 1] to latents (b, 4, n, h/8, w/8) and back."
     def __init__(self, vae_2d=IMAGE_VAE, vae_temporal={}, image_scale=.18215, shift=(-.10, .34, .27, .98), scale=(3.85, 2.32, 2.33, 3.06)):

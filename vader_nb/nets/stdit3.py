@@ -6,12 +6,12 @@
 __all__ = ['PatchEmbed', 'unpatch', 'frequencies', 'NumberEmbed', 'places', 'turn', 'Rope', 'SelfAttention', 'CrossAttention',
            'MLP', 'modulate', 'STDiT3Block', 'Captions', 'FinalLayer', 'STDiT3']
 
-# %% ../../nbs/09a_stdit3.ipynb #27e33973
+# %% ../../nbs/09a_stdit3.ipynb #bb4ee35a
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/09a_stdit3.ipynb #670b6020
+# %% ../../nbs/09a_stdit3.ipynb #7ca0b8aa
 class PatchEmbed(nn.Module):
     "Latents (b, c, f, h, w) to tokens (b, f, s, dim)."
     def __init__(self, channels, dim, patch):
@@ -22,7 +22,7 @@ class PatchEmbed(nn.Module):
         f, h, w = (-n % p for n, p in zip(x.shape[2:], self.patch))
         return self.proj(F.pad(x, (0, w, 0, h, 0, f))).flatten(3).permute(0, 2, 3, 1)
 
-# %% ../../nbs/09a_stdit3.ipynb #93af336b
+# %% ../../nbs/09a_stdit3.ipynb #51a7fa3d
 def unpatch(
     x,      # tokens (b, f, s, p1*p2*p3*c)
     patch,  # (p1, p2, p3)
@@ -33,7 +33,7 @@ def unpatch(
     x = x.reshape(len(x), f, h, w, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
     return x.flatten(6).flatten(4, 5).flatten(2, 3)[:, :, :size[0], :size[1], :size[2]]
 
-# %% ../../nbs/09a_stdit3.ipynb #5d5fa2a1
+# %% ../../nbs/09a_stdit3.ipynb #95536147
 def frequencies(
     dim,  # twice as many as are wanted
     device=None,
@@ -41,7 +41,7 @@ def frequencies(
     "Angular frequencies from 1 down to 1/10,000 ([Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), section 3.5)."
     return 10_000. ** -(torch.arange(0, dim, 2, device=device) / dim)
 
-# %% ../../nbs/09a_stdit3.ipynb #7e11c46c
+# %% ../../nbs/09a_stdit3.ipynb #d8a65810
 class NumberEmbed(nn.Module):
     "Numbers (n,) to vectors (n, dim): waves, cosines first, then two layers."
     def __init__(self, dim, waves=256):
@@ -52,7 +52,7 @@ class NumberEmbed(nn.Module):
         angle = x.float()[:, None] * frequencies(self.waves, x.device)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], 1).to(self.mlp[0].weight.dtype))
 
-# %% ../../nbs/09a_stdit3.ipynb #2ab25818
+# %% ../../nbs/09a_stdit3.ipynb #492d0ae4
 def places(
     h, w,       # patches per column and row
     dim,        # of a token
@@ -68,7 +68,7 @@ def places(
     x, y = along(w)[:, None].expand(-1, h, -1, -1), along(h)[:, :, None].expand(-1, -1, w, -1)
     return torch.cat([x, y], -1).flatten(1, 2)
 
-# %% ../../nbs/09a_stdit3.ipynb #96e308ad
+# %% ../../nbs/09a_stdit3.ipynb #192b6dac
 def turn(
     x,      # (..., n, d)
     angle,  # (n, d/2)
@@ -86,7 +86,7 @@ class Rope(nn.Module):
 
     def forward(self, n): return torch.arange(n, device=self.freqs.device)[:, None] * self.freqs.float()
 
-# %% ../../nbs/09a_stdit3.ipynb #22c5e1fa
+# %% ../../nbs/09a_stdit3.ipynb #45f7bd34
 class SelfAttention(nn.Module):
     "Every token of a row looks at all of the row, (n, tokens, dim)."
     def __init__(self, dim, heads):
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
         if angle is not None: q, k = turn(q, angle), turn(k, angle)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-# %% ../../nbs/09a_stdit3.ipynb #f9ea47b3
+# %% ../../nbs/09a_stdit3.ipynb #685fecab
 class CrossAttention(nn.Module):
     "Every token (b, tokens, dim) looks at the words (b, words, dim) that `mask` (b, words) leaves."
     def __init__(self, dim, heads):
@@ -113,7 +113,7 @@ class CrossAttention(nn.Module):
         mask = None if mask is None else mask[:, None, None].bool()
         return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
-# %% ../../nbs/09a_stdit3.ipynb #d653cb27
+# %% ../../nbs/09a_stdit3.ipynb #d543a3d1
 class MLP(nn.Module):
     "Two layers with a GELU (its tanh approximation) between them."
     def __init__(self, inputs, hidden, outputs):
@@ -126,7 +126,7 @@ def modulate(x, shift, scale):
     "Normalise the tokens `x`, then scale and shift them as the time says."
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
-# %% ../../nbs/09a_stdit3.ipynb #42da5a0f
+# %% ../../nbs/09a_stdit3.ipynb #edfa02d2
 class STDiT3Block(nn.Module):
     "Tokens (b, f, s, dim) to tokens; attention along the patches of a frame, or along the frames of a patch."
     def __init__(self, dim, heads, mlp_ratio, temporal):
@@ -145,7 +145,7 @@ class STDiT3Block(nn.Module):
         x = x + self.cross_attn(x.flatten(1, 2), y, mask).view_as(x)
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
-# %% ../../nbs/09a_stdit3.ipynb #c62d941a
+# %% ../../nbs/09a_stdit3.ipynb #04b83d4f
 class Captions(nn.Module):
     "Word vectors (b, words, channels) to tokens (b, words, dim); also keeps those of the empty caption."
     def __init__(self, channels, dim, words):
@@ -170,7 +170,7 @@ class FinalLayer(nn.Module):
         if x_mask is not None: x = torch.where(x_mask[..., None, None], x, self.steer(x, clean)) # twice, as published
         return self.linear(x)
 
-# %% ../../nbs/09a_stdit3.ipynb #d6c63836
+# %% ../../nbs/09a_stdit3.ipynb #87304114
 class STDiT3(nn.Module):
     "Open-Sora 1.2's denoiser; the defaults are those of the published STDiT3-XL/2."
     def __init__(self, hidden_size=1152, depth=28, num_heads=16, in_channels=4, patch_size=(1, 2, 2), mlp_ratio=4., caption_channels=4096,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPORAL', 'TIMES', 'ABOUT', 'make_temporal', 'frame_latents', 'temporal_loss', 'unit', 'psnr', 'quality', 'main']
 
-# %% ../../nbs/zoo/09a_opensora_vae.ipynb #f22722d1
+# %% ../../nbs/zoo/09a_opensora_vae.ipynb #eb7b5250
 from pathlib import Path
 import torch
 from ..core import atomic_path, generator, write_json
@@ -14,12 +14,12 @@ from ..nets.opensora_vae import PIECE, TemporalVAE
 from ..world import captions, draw, noisy_labels, scenes
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/09a_opensora_vae.ipynb #c987369b
+# %% ../../nbs/zoo/09a_opensora_vae.ipynb #d5037145
 TEMPORAL = dict(in_out_channels=4, latent_embed_dim=8, embed_dim=8, filters=16, num_res_blocks=1, channel_multipliers=(1, 2, 2, 4), num_groups=4)
 
 def make_temporal(): return TemporalVAE(**TEMPORAL)
 
-# %% ../../nbs/zoo/09a_opensora_vae.ipynb #9c018f76
+# %% ../../nbs/zoo/09a_opensora_vae.ipynb #65626e4c
 TIMES = torch.arange(PIECE) / 2  # of the frames, in the world's
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def frame_latents(i,   # its number
         with atomic_path(f) as tmp: torch.save((torch.cat(z).transpose(1, 2).half(), text), tmp)
     return torch.load(f, weights_only=True)
 
-# %% ../../nbs/zoo/09a_opensora_vae.ipynb #1fb6117b
+# %% ../../nbs/zoo/09a_opensora_vae.ipynb #dba39819
 def temporal_loss(vae, x,  # a `TemporalVAE`, image latents (n, 4, 17, h, w)
                   g,       # `torch.Generator`
                   kl_weight=1e-3):
@@ -49,14 +49,14 @@ def temporal_loss(vae, x,  # a `TemporalVAE`, image latents (n, 4, 17, h, w)
     mse = d.pow(2).mean()
     return d.abs().mean() + mse + kl_weight * kl, dict(mse=mse.detach(), kl=kl.detach(), std=mean.detach().std())
 
-# %% ../../nbs/zoo/09a_opensora_vae.ipynb #b4c03eb2
+# %% ../../nbs/zoo/09a_opensora_vae.ipynb #ecfb8d6b
 @torch.no_grad()
 def unit(vae, x): # a `TemporalVAE`, image latents (n, 4, 17, h, w)
     "Mean and deviation of each latent channel, two lists of numbers."
     z = torch.cat([vae.encode(o).chunk(2, 1)[0] for o in x.split(64)]).transpose(0, 1).flatten(1)
     return z.mean(1).tolist(), z.std(1).tolist()
 
-# %% ../../nbs/zoo/09a_opensora_vae.ipynb #55e62c77
+# %% ../../nbs/zoo/09a_opensora_vae.ipynb #e935054a
 def psnr(a, b): return -10 * (a.clamp(0, 1) - b).pow(2).mean((1, 2, 3, 4)).log10().mean().item()
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def quality(vae, image_vae, n=12, seed=1_000_003): # a seed that no training use
         out[f'PSNR {grade}, image VAE alone (dB)'] = round(psnr(show(z), x), 2)
     return out
 
-# %% ../../nbs/zoo/09a_opensora_vae.ipynb #018a825c
+# %% ../../nbs/zoo/09a_opensora_vae.ipynb #10afe2b2
 ABOUT = 'The temporal stage of an `OpenSoraVAE`: 17 latent frames of the shared image VAE to 5 latents of 8 channels.'
 
 def _publish(state, step, test, image_vae, a):
@@ -83,7 +83,8 @@ def _publish(state, step, test, image_vae, a):
     with atomic_path(a.to) as d:
         d.mkdir(parents=True)
         stored = {f'temporal_vae.{k}': v.half().contiguous() for k, v in state.items()}
-        save_file(stored | dict(shift=torch.tensor(shift).view(1, -1, 1, 1, 1), scale=torch.tensor(scale).view(1, -1, 1, 1, 1)), d / 'model.safetensors')
+        stored |= {k: torch.tensor(v).half().view(1, -1, 1, 1, 1) for k, v in dict(shift=shift, scale=scale).items()}
+        save_file(stored, d / 'model.safetensors')
         write_json(d / 'config.json', dict(vae_temporal=TEMPORAL, image_scale=1., shift=shift, scale=scale))
         write_card(d, 'Small temporal VAE', ABOUT, facts, quality(vae, image_vae) if step == a.steps else {})
 
