@@ -1,5 +1,6 @@
 "09a to 09c: our STDiT3, spatio-temporal VAE and sampler equal the authors' numbers; loading, sizes, one frame alone."
 import json
+import random
 import re
 import zlib
 from pathlib import Path
@@ -318,9 +319,8 @@ def test_half_precision_inside_float32_outside():
 
 @pytest.fixture
 def folders(tmp_path, model):
-    "Random weights in the published layout: denoiser and VAE of the reference sizes, a tiny T5 as a pickle with its tokenizer."
-    from tokenizers import Tokenizer, models
-    from transformers import T5Tokenizer
+    "Random weights in the published layout: denoiser and VAE of the reference sizes, a tiny T5 as a pickle with its sentence pieces."
+    from sentencepiece import SentencePieceTrainer
     parts = dict(stdit=reference_stdit3(), vae=reference_vae())
     for name, net in parts.items():
         (tmp_path/name).mkdir()
@@ -331,8 +331,10 @@ def folders(tmp_path, model):
     (tmp_path/'t5').mkdir()
     t5.config.save_pretrained(tmp_path/'t5')
     torch.save(t5.state_dict(), tmp_path/'t5/pytorch_model.bin')
-    pieces = ['<pad>', '</s>', '<unk>'] + ['\u2581' + w for w in 'a panda fox riding bike with hat aesthetic score:'.split()] + ['\u2581'] + list('abcdefghijklmnopqrstuvwxyz.:0123456789')
-    T5Tokenizer(vocab=[(p, -float(len(p) < 2) - 1) for p in pieces], extra_ids=0).save_pretrained(tmp_path/'t5')
+    draw, words = random.Random(0), 'a panda fox dog bike hat with riding aesthetic score: 6.5.'.split()
+    with open(tmp_path/'t5/spiece.model', 'wb') as f:
+        SentencePieceTrainer.train(sentence_iterator=iter([' '.join(draw.choices(words, k=5)) for _ in range(300)]), model_writer=f, vocab_size=80,
+                                   hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     return tmp_path
 
 
