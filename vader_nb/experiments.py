@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'KINETICS_LABELS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'videocrafter_full', 'videocrafter_small',
-           'modelscope_full', 'EXPERIMENTS', 'activity_prompts', 'spread', 'Experiment', 'action_prompts',
-           'hat_prompts', 'animal_prompts', 'book_prompts', 'label_prompts', 'creative_prompts', 'load_hps_aesthetic',
-           'find_experiment', 'experiment_config', 'own_device', 'load', 'run']
+           'opensora_full', 'opensora_small', 'modelscope_full', 'EXPERIMENTS', 'activity_prompts', 'spread',
+           'Experiment', 'action_prompts', 'hat_prompts', 'animal_prompts', 'book_prompts', 'label_prompts',
+           'creative_prompts', 'load_hps_aesthetic', 'load_hps21', 'find_experiment', 'experiment_config', 'own_device',
+           'load', 'run']
 
 # %% ../nbs/25_experiments.ipynb #66fdca21
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from .core import check, pick_device
 from .evaluate import judge_clips
 from .memory import checkpoint_layers
 from .models.modelscope import load_modelscope
+from .models.opensora import OpenSora, drop_text_encoder, load_opensora
 from .models.videocrafter import load_videocrafter
 from .rewards.action import load_action
 from .rewards.aesthetic import load_aesthetic
@@ -128,6 +130,17 @@ videocrafter_full = dict(steps=450, batch=1, accumulate=8, lr=2e-4, rank=16, alp
                          frames=12, height=320, width=512, precision='fp16', checkpointing=True, save_every=5)
 videocrafter_small = dict(T=10, eval_every=10)  # a T that divides 1000: its sampler would take 13 steps for 12
 
+def load_hps21(
+    scale='small',  # 'small' or 'full'
+    device=None,    # as in `pick_device`
+):
+    "HPSv2.1 alone."
+    return load_hps(scale, device, version='2.1')
+
+opensora_full = dict(steps=800, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=30, K=1, where='last', sampler='rflow', guidance=7.,
+                     frames=51, height=240, width=426, precision='bf16', checkpointing=True, save_every=5)
+opensora_small = dict(sampler='rflow', frames=17, eval_every=10)
+
 modelscope_full = dict(steps=300, batch=1, accumulate=16, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='dpm++', guidance=9.,
                        frames=16, height=256, width=256, precision='fp16', checkpointing=True, save_every=5)
 
@@ -146,6 +159,8 @@ EXPERIMENTS = {
                                          animal_prompts, videocrafter_small, videocrafter_full),
     'videocrafter-remove-book': Experiment('Figure 5', 'VideoCrafter2 learns to leave out the book that it is asked for', load_videocrafter, load_objects,
                                            book_prompts, videocrafter_small, videocrafter_full),
+    'opensora-pickscore': Experiment('Figure 6', 'Open-Sora learns what people pick', load_opensora, load_pickscore, action_prompts, opensora_small, opensora_full),
+    'opensora-hps21': Experiment('Figure 6', 'Open-Sora learns what people like', load_opensora, load_hps21, hat_prompts, opensora_small, opensora_full),
 }
 
 # %% ../nbs/25_experiments.ipynb #b1020bed
@@ -196,4 +211,5 @@ def run(
     check_folder(folder, asdict(config), how.get('resume', False))  # before anything is loaded
     train, tests = find_experiment(config.experiment).prompts(config.scale)
     model, reward = load(config, device)
+    if isinstance(model, OpenSora): drop_text_encoder(model, [*train, *tests])  # nothing else will be asked
     yield from fit(model, reward, train, config, folder, tests, judge=judge_clips if config.scale == 'small' else None, **how)
