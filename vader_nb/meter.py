@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOWN', 'UP', 'Meter', 'put_down_to', 'allocator_peak', 'networks', 'own_all', 'labelled', 'Fused', 'fused_attention',
-           'fused', 'MetaAutocast', 'Reading', 'measure', 'to_meta', 'copy_model', 'with_margin']
+           'fused', 'meta_autocast', 'Reading', 'measure', 'to_meta', 'copy_model', 'with_margin']
 
 # %% ../nbs/11a_meter.ipynb #6f6b56e9
 import copy, weakref
@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -34,6 +33,7 @@ class Meter(TorchDispatchMode):
         self.live, self.now, self.worst = {}, Counter(), Counter()
         self.total = self.peak = self.moved = 0        # bytes; moved: to the host and back
         self.flops, self.history = Counter(), []       # part -> floating point operations; bytes alive after each operation
+        self.forward = {}                              # part -> floating point operations of its last call, forward alone
 
     def __enter__(self):
         Meter.active = self
@@ -113,8 +113,10 @@ def labelled(meter,      # a `Meter`
     def part(name, before, fn):
         def run(x, *args, **kw):
             if x.requires_grad: x.register_hook(lambda g: setattr(meter, 'part', before))
-            meter.part = name
-            return fn(x, *args, **kw)
+            meter.part, done = name, meter.flops[name]
+            out = fn(x, *args, **kw)
+            meter.forward[name] = meter.flops[name] - done
+            return out
         return run
     with ExitStack() as stack:
         stack.enter_context(patch.object(model, 'predict', part('denoiser', 'denoiser', model.predict)))
@@ -158,22 +160,26 @@ def fused():
     return patch.object(F, 'scaled_dot_product_attention', fused_attention)
 
 # %% ../nbs/11a_meter.ipynb #98b8d3bb
-DOWN = set('linear conv1d conv2d conv3d conv_transpose2d matmul __matmul__ mm bmm addmm baddbmm scaled_dot_product_attention'.split())
-UP = set('group_norm layer_norm softmax log_softmax exp pow __pow__ norm sum prod cumsum mse_loss'.split())
+DOWN = [(F, n) for n in 'linear conv1d conv2d conv3d'.split()] + [(torch, n) for n in 'matmul bmm baddbmm'.split()]
+UP = [(F, n) for n in 'group_norm layer_norm softmax'.split()]
 
-class MetaAutocast(TorchFunctionMode):
-    "torch's autocast for meta tensors, outside the reward."
-    def __init__(self, dtype # float16 or bfloat16; float32: nothing happens
-                 ):
-        super().__init__()
-        self.dtype = dtype
+def _casting(fn, dtype):
+    "`fn` with its inputs cast to `dtype`, except in the reward."
+    cast = lambda v: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+    def run(*args, **kw):
+        if Meter.active and Meter.active.part == 'reward': return fn(*args, **kw)
+        return fn(*map(cast, args), **{k: cast(v) for k, v in kw.items()})
+    return run
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, kwargs = getattr(func, '__name__', ''), kwargs or {}
-        if self.dtype == torch.float32 or name not in DOWN | UP or getattr(Meter.active, 'part', '') == 'reward': return func(*args, **kwargs)
-        to = self.dtype if name in DOWN else torch.float32
-        cast = lambda v: v.to(to) if torch.is_tensor(v) and v.is_floating_point() else v
-        return func(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+@contextmanager
+def meta_autocast(dtype # float16 or bfloat16; float32: nothing happens
+                  ):
+    "torch's autocast for meta tensors."
+    with ExitStack() as stack:
+        for ops, to in ((DOWN, dtype), (UP, torch.float32)):
+            for where, name in ops if dtype != torch.float32 else []:
+                stack.enter_context(patch.object(where, name, _casting(getattr(where, name), to)))
+        yield
 
 # %% ../nbs/11a_meter.ipynb #9bf89767
 @dataclass
@@ -182,6 +188,7 @@ class Reading:
     peak: int                                  # bytes alive at the worst moment
     parts: dict                                # which part they belong to -> bytes
     flops: dict = field(default_factory=dict)  # part of the step -> floating point operations, backward included
+    once: dict = field(default_factory=dict)   # part of the step -> those of its last call, forward alone
     moved: int = 0                             # bytes that went to the host or came from there
 
 def measure(step,                # function without arguments: forward, backward and, if asked for, the optimizer's step
@@ -194,10 +201,10 @@ def measure(step,                # function without arguments: forward, backward
     meter = Meter(model.device.type)
     own_all(meter, model, reward, optimizer)
     with ExitStack() as stack:
-        modes = [fused(), MetaAutocast(dtype)] if meter.kind == 'meta' else []
+        modes = [fused(), meta_autocast(dtype)] if meter.kind == 'meta' else []
         for mode in (meter, labelled(meter, model, reward), *modes): stack.enter_context(mode)
         step()
-    return Reading(meter.peak, {k: v for k, v in meter.worst.items() if v}, dict(meter.flops), meter.moved)
+    return Reading(meter.peak, {k: v for k, v in meter.worst.items() if v}, dict(meter.flops), meter.forward, meter.moved)
 
 # %% ../nbs/11a_meter.ipynb #fd51d346
 def to_meta(model # a `VideoModel`

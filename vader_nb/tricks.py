@@ -47,7 +47,7 @@ def _side(device):
 def to_host(t):
     "A copy of `t` in the host's memory; for a GPU it is pinned and made while the computation goes on."
     if Meter.active: Meter.active.moved += t.nbytes
-    if t.is_meta: return t.new_empty(1).expand(t.shape)
+    if t.is_meta: return t.new_empty(()).expand(t.shape)
     if not t.is_cuda: return t.to('cpu', copy=True)
     host, side = torch.empty_like(t, device='cpu', pin_memory=True), _side(t.device)
     side.wait_stream(torch.cuda.current_stream(t.device))
@@ -105,7 +105,7 @@ class Offload:
 class Turns:
     "Networks that take turns on the device: those of one stage are there, those of the others wait on the host."
     def __init__(self, device, stages): # stages: name -> list of modules; only frozen weights travel
-        frozen = lambda modules: [p for m in modules for p in (*m.parameters(), *m.buffers()) if not p.requires_grad]
+        frozen = lambda modules: [p for m in modules for p in (*m.parameters(), *m.buffers()) if not p.requires_grad and p.device == device]
         self.device, self.stages, self.here = device, {k: frozen(v) for k, v in stages.items()}, None
         self.home = {p: to_host(p.data) for ps in self.stages.values() for p in ps}
 
@@ -120,12 +120,15 @@ class Turns:
 
     def visit(self, stage, home, method, x, *args, **kw):
         "Call `method` within `stage`, then go to the stage `home`: now, or if `x` waits for a gradient, when it has arrived there."
-        if stage == self.here: return method(x, *args, **kw)
         self.enter(stage)
         out, later = method(x, *args, **kw), getattr(x, 'requires_grad', False)
         if later: x.register_hook(lambda g: self.enter(home))
         else: self.enter(home)
         return out
+
+    def join(self, stage, home, method, *args, **kw):
+        "Call `method` within `stage` without leaving it, or `visit` it."
+        return method(*args, **kw) if stage == self.here else self.visit(stage, home, method, *args, **kw)
 
 # %% ../nbs/11b_tricks.ipynb #83b0a58b
 def take_turns(model, reward,
@@ -137,7 +140,8 @@ def take_turns(model, reward,
     turns = Turns(model.device, stages)
     wrap(model, 'embed', partial(turns.visit, 'encoders', 'work'))
     if all_of_them:
-        for thing, name in ((model, 'decode'), (reward, 'parts')): wrap(thing, name, partial(turns.visit, 'pixels', 'work'))
+        wrap(model, 'decode', partial(turns.visit, 'pixels', 'work'))
+        wrap(reward, 'parts', partial(turns.join, 'pixels', 'work'))  # after `decode` it is there already
     turns.enter('work')
 
 # %% ../nbs/11b_tricks.ipynb #58034c52
@@ -188,8 +192,9 @@ def use_tricks(model,  # a `VideoModel`, with its LoRA
 def decoder_of(model):
     "The network that draws single frames; raises `VaderError` if a model's decoder needs neighbours in time."
     from diffusers import AutoencoderKL
-    check(isinstance(model.vae, AutoencoderKL), f'the decoder of {model.name} looks at several frames at once: it cannot draw them one by one, leave out slices')
-    return model.vae.decoder
+    found = [m for m in model.vae.modules() if isinstance(m, AutoencoderKL)]
+    check(found, f'the decoder of {model.name} looks at several frames at once: it cannot draw them one by one, leave out slices')
+    return found[0].decoder
 
 def checkpoint_reward(reward):
     "Recompute the layers of a reward, if it has any that are large."

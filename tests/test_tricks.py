@@ -1,0 +1,194 @@
+"Peak memory, its simulation, and tricks that may not change the gradient: alone and together with mixed precision, LoRA, guidance and several processes."
+import os
+from itertools import combinations
+from unittest.mock import patch
+
+import pytest, torch
+from torch.nn.parallel import DistributedDataParallel
+from test_memory import Tiny, cond
+from vader_nb import tricks
+from vader_nb.core import VaderError, generator
+from vader_nb.memory import add_lora, lora_parameters
+from vader_nb.meter import Meter, allocator_peak, fused, measure, meta_autocast, put_down_to, to_meta, with_margin
+from vader_nb.reward import Reward, freeze
+from vader_nb.tricks import TRICKS, Offload, adam, check_tricks, use_tricks
+
+
+class Judge(Reward):
+    "A small transformer that looks at frames."
+    def __init__(self):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = freeze(CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)))
+    def score(self, video, prompts, generator):
+        return self.net(video.flatten(0, 1)).pooler_output.tanh().mean(1).unflatten(0, video.shape[:2]).mean(1)
+
+
+def model_and_judge(words='', dtype=None):
+    "A tiny model with trained LoRA and a judge, under these tricks."
+    model, judge = Tiny(), Judge()
+    if dtype: model.denoiser.to(dtype)
+    for i, p in enumerate(add_lora(model)): p.data.add_(.1 * torch.randn(p.shape, generator=generator(i)))
+    return use_tricks(model, judge, words), judge
+
+def loss(model, judge, K=1, frames=None):
+    x, c = torch.randn(2, 4, 3, 8, 8, generator=generator(0)).to(model.device), cond.to(model.device)
+    for i in range(K): x = x - .1 * model.predict(x, 500 - i, c, 3.)
+    return -100 * judge(model.decode(x, frames)).mean()
+
+def gradient(model, judge, **kw): return torch.cat([g.flatten() for g in torch.autograd.grad(loss(model, judge, **kw), lora_parameters(model))])
+
+def off(a, b): return ((a - b).norm() / b.norm()).item()
+
+
+EXACT = ['layers', 'passes', 'slices', 'offload', 'park', 'turns']
+companies = [' '.join(w) for n in (1, 2, len(EXACT)) for w in combinations(EXACT, n)]  # each alone, all pairs, all of them
+
+@pytest.fixture(scope='module')
+def true(): return gradient(*model_and_judge(), K=2)
+
+@pytest.fixture
+def painted(monkeypatch):
+    "What leaves the device is not a number any more, until it is back."
+    pockets = {}
+    def to_host(t):
+        paint = torch.full_like(t, float('nan')) if t.is_floating_point() else torch.zeros_like(t)
+        pockets[paint.data_ptr()] = t.clone(), paint  # kept alive, so that no address is used twice
+        return paint
+    monkeypatch.setattr(tricks, 'to_host', to_host)
+    monkeypatch.setattr(tricks, 'from_host', lambda t, device: pockets[t.data_ptr()][0].clone())
+
+@pytest.mark.parametrize('words', ['turns', 'layers passes slices turns', 'layers offload turns'])
+def test_nothing_that_is_away_is_read(words, true, painted):
+    model, judge = model_and_judge(words)
+    assert off(gradient(model, judge, K=2), true) < 1e-5
+    with torch.no_grad():
+        video = model.decode(torch.randn(2, 4, 3, 8, 8, generator=generator(1)))
+        assert video.isfinite().all() and judge(video).isfinite().all()
+    assert off(gradient(model, judge, K=2), true) < 1e-5
+
+def test_turns_really_take_away(painted):
+    model, judge = model_and_judge('turns')
+    away = lambda net: all(p.isnan().all() for p in net.parameters() if not p.requires_grad)
+    assert away(model.vae) and away(judge) and not away(model.denoiser)
+    with torch.enable_grad(): l = loss(model, judge)
+    assert away(model.denoiser) and not away(model.vae)
+    l.backward()
+    assert away(model.vae) and not away(model.denoiser)
+    assert all(p.grad.isfinite().all() for p in lora_parameters(model))
+
+def test_mixed_precision_too():
+    "Frozen weights in bfloat16, LoRA in float32, autocast: the same roundings again, or others of the same size."
+    def run(words):
+        model, judge = model_and_judge(words, torch.bfloat16)
+        assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
+        with torch.autocast('cpu', torch.bfloat16): return gradient(model, judge)
+    plain, exact = run(''), gradient(*model_and_judge())
+    assert off(run('layers'), plain) == off(run('layers offload turns'), plain) == 0 < off(plain, exact) < .2
+    assert off(run('layers passes slices'), exact) < 1.5 * off(plain, exact)
+
+
+COMPANIES = ['layers passes', 'layers passes slices offload turns']
+
+def one_process(rank, out):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{out}/meet', rank=rank, world_size=2)
+    for n, words in enumerate(COMPANIES):
+        model, judge = model_and_judge(words)
+        weights, model.denoiser = lora_parameters(model), DistributedDataParallel(model.denoiser)
+        x = torch.randn(2, 4, 3, 8, 8, generator=generator(0))[rank:rank+1]
+        for i in range(2): x = x - .1 * model.predict(x, 500 - i, cond[rank], 3.)
+        (-100 * judge(model.decode(x)).mean()).backward()
+        if rank == 0: torch.save(torch.cat([p.grad.flatten() for p in weights]), f'{out}/gradient{n}')
+    torch.distributed.destroy_process_group()
+
+def test_two_processes_average_to_the_whole_batch(true, tmp_path):
+    "Recomputed passes and moving weights under DistributedDataParallel, with guidance and two steps."
+    torch.multiprocessing.spawn(one_process, (str(tmp_path),), nprocs=2)
+    for n in range(len(COMPANIES)): assert off(torch.load(tmp_path/f'gradient{n}'), true) < 1e-5
+
+
+def simulated(words, **kw):
+    ghost, judge = to_meta(model_and_judge()[0]), Judge().to('meta')
+    use_tricks(ghost, judge, words)
+    return measure(lambda: loss(ghost, judge, **kw).backward(), ghost, judge)
+
+@pytest.mark.parametrize('words', ['', 'layers', 'layers passes slices'])
+def test_the_simulator_agrees_with_the_meter(words):
+    model, judge = model_and_judge(words)
+    real = measure(lambda: loss(model, judge, K=2).backward(), model, judge)
+    assert abs(simulated(words, K=2).peak / real.peak - 1) < .01 and sum(real.parts.values()) == real.peak
+
+@pytest.mark.parametrize('words', ['', 'layers'])
+def test_the_meter_agrees_with_the_allocator(words):
+    model, judge = model_and_judge(words)
+    real = measure(lambda: loss(model, judge).backward(), model, judge)
+    model.denoiser.zero_grad()
+    weights = sum(-(-t.untyped_storage().nbytes() // 512) * 512 for net in (model.denoiser, model.vae, judge) for t in (*net.parameters(), *net.buffers()))
+    assert abs((real.peak - weights) / allocator_peak(lambda: loss(model, judge).backward()) - 1) < .05
+
+def test_what_the_tricks_save():
+    "Each helps where it should, and one pass at a time makes the peak independent of K."
+    above = lambda words, **kw: (r := simulated(words, **kw)).peak - r.parts['weights']
+    assert above('layers') < .6 * above('') and above('offload') < .7 * above('')
+    grows = lambda words: above(words, K=8) / above(words, K=1)
+    assert grows('layers') > 1.5 and grows('layers passes slices') < 1.1
+    assert simulated('layers passes slices turns').peak < simulated('layers passes slices').peak
+
+def test_meter_counts_each_storage_once_and_forgets_the_dead():
+    meter = Meter()
+    with meter:
+        a = torch.zeros(1000); b = a.view(10, 100); c = b[3].detach()
+        assert meter.total == 4096
+        del a, b
+        assert meter.total == 4096
+        del c
+        with put_down_to('mine'): d = torch.zeros(100)
+    assert meter.total == 512 == meter.now['mine'] and meter.peak == 4096 and meter.worst['other'] == 4096
+
+def test_meter_counts_arithmetic():
+    meter, a, b = Meter(), torch.randn(3, 5), torch.randn(5, 7)
+    with meter: a @ b
+    assert sum(meter.flops.values()) == 2 * 3 * 5 * 7
+
+def test_the_stub_has_the_kernels_layout():
+    q = torch.randn(2, 16, 3, 8, requires_grad=True).transpose(1, 2)  # as all our networks make it
+    real = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    with fused(): fake = torch.nn.functional.scaled_dot_product_attention(*3 * [q.to('meta')])
+    assert fake.shape == real.shape and fake.stride() == real.stride()
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_meta_autocast_follows_torchs(dtype):
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.Flatten(), torch.nn.Linear(32, 3))
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype != torch.float32): want = net(torch.randn(1, 4, 4, 4)).dtype
+    with meta_autocast(dtype): assert net.to('meta')(torch.randn(1, 4, 4, 4, device='meta')).dtype == want == dtype
+
+def test_offload_carries_each_storage_once_and_no_weights():
+    layer, v, moved = torch.nn.Linear(300, 300), torch.randn(100, 300, requires_grad=True), []
+    with patch.object(tricks, 'to_host', lambda t: moved.append(t.nbytes) or t.clone()):
+        y = Offload(layer)(lambda: layer(v).exp() * v.view(100, 300) + v[:50].repeat(2, 1) ** 2)
+    assert sorted(moved) == 2 * [120_000] + [120_000] and layer.weight.nbytes == 360_000  # v, exp, and the repeated half
+    y.sum().backward()
+
+def test_offload_is_not_fooled_by_an_address_used_again():
+    hooks = Offload()
+    hooks.weights = set()
+    a = torch.full((200, 200), 1.)
+    first = hooks.pack(a); key = a.untyped_storage()._cdata; del a
+    b = torch.full((200, 200), 2.)
+    hooks.known[b.untyped_storage()._cdata] = first[0]  # as if b lay where a was
+    assert hooks.unpack(hooks.pack(b)).eq(2).all() and hooks.unpack(first).eq(1).all()
+
+def test_bad_tricks():
+    with pytest.raises(VaderError, match='unknown trick'): check_tricks('layers magic')
+    assert set(check_tricks(' '.join(TRICKS))) == set(TRICKS)
+
+def test_eight_bits_need_bitsandbytes():
+    from importlib.util import find_spec
+    w = [torch.nn.Parameter(torch.zeros(3))]
+    assert isinstance(adam(w, .1), torch.optim.AdamW)
+    if not find_spec('bitsandbytes'):
+        with pytest.raises(VaderError, match='bitsandbytes'): adam(w, .1, bits8=True)
+
+def test_margin(): assert with_margin(10 * 2**30) == 13 * 2**30
