@@ -34,7 +34,7 @@ def test_a_missing_folder_is_named(monkeypatch):
     monkeypatch.setitem(CHECKPOINTS, 'large', Checkpoint('has no small one', hub='who/what', size='9 GB'))
     with pytest.raises(VaderError, match="large exists only at the full scale: use scale='full'"): model_path('large')
 
-@pytest.mark.parametrize('name', [k for k, c in CHECKPOINTS.items() if c.hub])
+@pytest.mark.parametrize('name', [k for k, c in CHECKPOINTS.items() if c.hub and c.small])
 def test_offline_the_error_says_what_was_wanted(name, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
