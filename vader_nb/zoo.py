@@ -65,7 +65,7 @@ def model_path(name,          # one of `CHECKPOINTS`
     if scale == 'full': return _fetch(name, c)
     check(bool(c.small), f"{name} exists only at the full scale: use scale='full'")
     folder = Path(str(files('vader_nb'))) / 'checkpoints' / c.small
-    check(folder.is_dir(), f'the small {name} checkpoint is missing at {folder}: install the package again (pip install --force-reinstall vader_nb)')
+    check(folder.is_dir(), f'the small {name} checkpoint is missing at {folder}: install the package again (pip install --force-reinstall vader_nb), or train it (nbs/zoo)')
     return folder
 
 def _fetch(name, c):
