@@ -17,7 +17,9 @@ from .loop import options, pretrain, write_card
 # %% ../../nbs/zoo/09a_opensora_vae.ipynb #d5037145
 TEMPORAL = dict(in_out_channels=4, latent_embed_dim=8, embed_dim=8, filters=16, num_res_blocks=1, channel_multipliers=(1, 2, 2, 4), num_groups=4)
 
-def make_temporal(): return TemporalVAE(**TEMPORAL)
+def make_temporal():
+    "The small `TemporalVAE`."
+    return TemporalVAE(**TEMPORAL)
 
 # %% ../../nbs/zoo/09a_opensora_vae.ipynb #65626e4c
 TIMES = torch.arange(PIECE) / 2  # of the frames, in the world's
@@ -57,7 +59,9 @@ def unit(vae, x): # a `TemporalVAE`, image latents (n, 4, 17, h, w)
     return z.mean(1).tolist(), z.std(1).tolist()
 
 # %% ../../nbs/zoo/09a_opensora_vae.ipynb #e935054a
-def psnr(a, b): return -10 * (a.clamp(0, 1) - b).pow(2).mean((1, 2, 3, 4)).log10().mean().item()
+def psnr(a, b): # clips (n, f, 3, h, w)
+    "Mean PSNR in dB."
+    return -10 * (a.clamp(0, 1) - b).pow(2).mean((1, 2, 3, 4)).log10().mean().item()
 
 @torch.no_grad()
 def quality(vae, image_vae, n=12, seed=1_000_003): # a seed that no training uses
