@@ -82,3 +82,14 @@ def test_a_damaged_judge_is_named(damage, tmp_path, monkeypatch):
     load_judge.cache_clear()
     with pytest.raises(VaderError, match='is not the judge.*install the package again') as e: load_judge()
     assert '\n' not in str(e.value)
+
+
+def test_diversity():
+    from vader_nb.evaluate import diversity, mean_distance
+    assert mean_distance(torch.tensor([[0., 0.], [3., 4.], [0., 0.]])) == pytest.approx(10 / 3)
+    clips = draw(scenes(12, 3, 'any'))
+    same = clips[:1].expand(6, -1, -1, -1, -1)
+    assert max(diversity(same).values()) < 1e-3 < .3 < min(diversity(clips).values())
+    grey = clips.mean(2, keepdim=True)
+    assert diversity(.8 * grey + .2 * clips)['hue'] == pytest.approx(diversity(clips)['hue'], rel=1e-3)     # paler, yet as many hues
+    with pytest.raises(VaderError, match='at least two'): diversity(clips[:1])

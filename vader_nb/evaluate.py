@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'Judge', 'load_judge', 'judge_clips', 'judge_means', 'mean_distance', 'diversity']
 
-# %% ../nbs/24_evaluate.ipynb #19562647
+# %% ../nbs/24_evaluate.ipynb #221cf9ac
 from functools import lru_cache
 import torch, torch.nn as nn, torch.nn.functional as F
 from .core import VaderError, check, to_frames
 from .world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, parse, rate
 from .zoo import model_path
 
-# %% ../nbs/24_evaluate.ipynb #4e561913
+# %% ../nbs/24_evaluate.ipynb #ad25df58
 QUESTIONS = dict(animal=len(ANIMALS), activity=len(ACTIVITIES), obj=len(OBJECTS), colour=len(COLOURS), hat=2)
 
-# %% ../nbs/24_evaluate.ipynb #57dffa9f
+# %% ../nbs/24_evaluate.ipynb #5c324c21
 class _Block(nn.Module):
     "Halve the picture, then look once more."
     def __init__(self, i, o):
@@ -26,7 +26,7 @@ class _Block(nn.Module):
         x = F.silu(self.n1(self.down(x)))
         return x + F.silu(self.n2(self.conv(x)))
 
-# %% ../nbs/24_evaluate.ipynb #513a040a
+# %% ../nbs/24_evaluate.ipynb #2d4dcabd
 class Judge(nn.Module):
     "Answers about clips (b, f, 3, h, w) in [0, 1], any size and length: a dict of logits (b, answers) and `rating` (b,), 1 to 10."
     def __init__(self,
@@ -53,7 +53,7 @@ class Judge(nn.Module):
         h = self.body(torch.cat([x.mean(1), x.std(1, unbiased=False), change], 1))
         return {**{k: head(h) for k, head in self.heads.items()}, 'rating': 5.5 + 2 * self.rating(x).mean(1)[:, 0]}
 
-# %% ../nbs/24_evaluate.ipynb #7c64fe61
+# %% ../nbs/24_evaluate.ipynb #1dd675e2
 @lru_cache
 def load_judge():
     "The small trained judge, frozen. (There is no judge for real videos: the paper asked people.) Raises `VaderError` if its file is damaged."
@@ -63,7 +63,7 @@ def load_judge():
     except Exception as e: raise VaderError(f'{file} is not the judge ({str(e).splitlines()[0]}): install the package again') from e
     return judge.eval().requires_grad_(False)
 
-# %% ../nbs/24_evaluate.ipynb #802ee78b
+# %% ../nbs/24_evaluate.ipynb #7da16c71
 @torch.no_grad()
 def judge_clips(video,   # (b, f, 3, h, w) in [0, 1]
                 prompts  # b captions of the small world
@@ -83,7 +83,7 @@ def judge_means(video,   # (b, f, 3, h, w) in [0, 1]
     "Means of `judge_clips` over the clips as a dict of numbers; questions that no prompt asks are left out."
     return {k: v.nanmean().item() for k, v in judge_clips(video, prompts).items() if not v.isnan().all()}
 
-# %% ../nbs/24_evaluate.ipynb #d3499ca9
+# %% ../nbs/24_evaluate.ipynb #3103cc8f
 def mean_distance(x # (n, d), n of at least 2
                  ):
     "Mean Euclidean distance over all pairs of different rows."
@@ -93,7 +93,7 @@ def mean_distance(x # (n, d), n of at least 2
 @torch.no_grad()
 def diversity(video # (n, f, 3, h, w) in [0, 1], n of at least 2
              ):
-    "How different the clips of a set are: mean pair distance of their average colours (0 to 1.73), and of the directions of what the judge sees (0 to 2)."
+    "How different the clips of a set are: mean pair distance (0 to 2) of the directions of their average hues and of what the judge sees."
     video = video.float().cpu().clamp(0, 1)
-    seen = F.normalize(load_judge().look(video).mean(1), dim=1)
-    return dict(colour=mean_distance(video.mean((1, 3, 4))), look=mean_distance(seen))
+    colour, seen = video.mean((1, 3, 4)), load_judge().look(video).mean(1)
+    return {k: mean_distance(F.normalize(v, dim=1)) for k, v in dict(hue=colour - colour.mean(1, keepdim=True), look=seen).items()}

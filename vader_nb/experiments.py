@@ -152,7 +152,7 @@ EXPERIMENTS = {
     'modelscope-remove-book': Experiment('Figure 5', 'ModelScope learns to leave out the book that it is asked for', load_modelscope, load_objects,
                                          book_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-hps': Experiment('Figures 6 and 7, Tables 1 and 2', 'ModelScope learns to draw what the prompt asks, hats included', load_modelscope, load_hps,
-                                 hat_prompts, dict(eval_every=20), modelscope_full),
+                                 hat_prompts, dict(steps=20, lr=4e-3), modelscope_full),
     'videocrafter-hps-aesthetic': Experiment('Figures 1 and 3', 'VideoCrafter2 learns what people and the aesthetic predictor like, both at once', load_videocrafter, load_hps_aesthetic,
                                              creative_prompts, videocrafter_small, {**videocrafter_full, 'rank': 8}),
     'videocrafter-pickscore': Experiment('Figure 3', 'VideoCrafter2 learns what people pick', load_videocrafter, load_pickscore,

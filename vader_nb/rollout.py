@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['State', 'rollout', 'eval_mode', 'last', 'sample', 'truncate', 'warn_if_flat', 'differentiable_latents']
 
-# %% ../nbs/12_rollout.ipynb #a1e79230
+# %% ../nbs/12_rollout.ipynb #d8314794
 from contextlib import contextmanager
 from dataclasses import dataclass
 import warnings
@@ -13,7 +13,7 @@ import torch
 from .core import check, generator as seeded, randn
 from .samplers import Step, gradient_factor
 
-# %% ../nbs/12_rollout.ipynb #5b71f596
+# %% ../nbs/12_rollout.ipynb #070a374b
 @dataclass
 class State:
     "Where a rollout stands after one step."
@@ -23,7 +23,7 @@ class State:
     pred: torch.Tensor  # the prediction at x_t, after guidance
     step: Step          # what became of it: x, x0, mean, sigma
 
-# %% ../nbs/12_rollout.ipynb #ed8ff22e
+# %% ../nbs/12_rollout.ipynb #3b8e17f5
 def rollout(
     model,                  # a `VideoModel`
     cond,                   # its `Condition`
@@ -44,7 +44,7 @@ def rollout(
         yield State(i, t, x, pred, prev)
         x = prev.x
 
-# %% ../nbs/12_rollout.ipynb #2de37ba2
+# %% ../nbs/12_rollout.ipynb #69e58162
 @contextmanager
 def eval_mode(
     net: torch.nn.Module,
@@ -55,7 +55,7 @@ def eval_mode(
     try: yield net
     finally: net.train(was)
 
-# %% ../nbs/12_rollout.ipynb #9b9d3992
+# %% ../nbs/12_rollout.ipynb #d66da333
 def last(
     states,  # a rollout
 ):
@@ -63,7 +63,7 @@ def last(
     for state in states: pass
     return state
 
-# %% ../nbs/12_rollout.ipynb #d6591d88
+# %% ../nbs/12_rollout.ipynb #2d38fa59
 def sample(
     model,             # a `VideoModel`
     prompts,           # a text or a list of them: one clip each
@@ -82,14 +82,14 @@ def sample(
         state = last(rollout(model, cond, x, model.sampler(steps, kind, eta, size), guidance, generator=rng))
         return model.decode(state.step.x).clamp(0, 1)
 
-# %% ../nbs/12_rollout.ipynb #fd02bc5e
+# %% ../nbs/12_rollout.ipynb #8d41aa3c
 def truncate(
     x: torch.Tensor,
 ):
     "The paper's stop_grad: the same numbers, and no way back from them."
     return x.detach()
 
-# %% ../nbs/12_rollout.ipynb #c93dbd58
+# %% ../nbs/12_rollout.ipynb #1ac1412f
 def warn_if_flat(
     sampler,
 ):
@@ -99,7 +99,7 @@ def warn_if_flat(
         f'the last step passes only {factor:.2g} of the gradient on to the clip, so little or nothing will be learnt from it: '
         "take kind='dpm++', a scheduler with steps_offset=1, or where='x0'", stacklevel=3)
 
-# %% ../nbs/12_rollout.ipynb #48abf96f
+# %% ../nbs/12_rollout.ipynb #b1558b64
 def differentiable_latents(
     model,                # a `VideoModel`
     cond,                 # its `Condition`

@@ -8,7 +8,7 @@ __all__ = ['Config', 'check_config', 'vader_step', 'Run', 'make_accelerator', 's
            'peak_memory', 'summary', 'optimizer_step', 'run_state', 'load_checkpoint', 'make_trackers', 'begin', 'log',
            'look', 'due', 'save', 'close', 'steps', 'fit', 'seconds', 'part_seconds', 'bench_step']
 
-# %% ../nbs/20_train.ipynb #4552ab61
+# %% ../nbs/20_train.ipynb #737e220b
 import contextlib, math, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .rollout import differentiable_latents
 from .runs import (append_line, batches, check_folder, checkpoints, cut_lines, evaluate, finish, mix, random_state, read_checkpoint,
                            read_lines, set_random_state, write_checkpoint)
 
-# %% ../nbs/20_train.ipynb #6087ed05
+# %% ../nbs/20_train.ipynb #0542a5a1
 @dataclass
 class Config:
     "Everything that decides a run."
@@ -51,12 +51,12 @@ class Config:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/20_train.ipynb #53f5f65e
+# %% ../nbs/20_train.ipynb #775f685f
 _words = dict(scale=('small', 'full'), where=('last', 'x0'), sampler=('ddpm', 'ddim', 'dpm++', 'euler', 'rflow'), precision=('fp32', 'fp16', 'bf16'))
 _least = dict(dict.fromkeys('steps batch accumulate rank T K frames height width decode save_every'.split(), 1), seed=0, eval_every=0)
 _kinds = dict(int='a whole number', float='a number', str='a word', bool='True or False')
 
-# %% ../nbs/20_train.ipynb #1327fcb0
+# %% ../nbs/20_train.ipynb #42def1ea
 def _check_kind(
     name,  # of a field
     kind,  # its type
@@ -76,7 +76,7 @@ def check_config(c: Config):
     check(c.decode <= c.frames, f'decode is {c.decode}, but a clip has {c.frames} frames: choose 1 to {c.frames}')
     check(0 <= c.eta <= 1, f'eta is {c.eta}, but must lie between 0 and 1')
 
-# %% ../nbs/20_train.ipynb #510b92b6
+# %% ../nbs/20_train.ipynb #dde06ed1
 def vader_step(
     model,      # a `VideoModel` with LoRA
     reward,     # a `Reward`
@@ -94,7 +94,7 @@ def vader_step(
     scores = reward.combine(parts).float()
     return -scores.mean(), {**parts, 'reward': scores}
 
-# %% ../nbs/20_train.ipynb #d8165487
+# %% ../nbs/20_train.ipynb #cbf6d950
 @dataclass
 class Run:
     "A training under way."
@@ -110,7 +110,7 @@ class Run:
     skipped: int = 0     # steps that the loss scaler has skipped in a row
     trackers: list = field(default_factory=list)
 
-# %% ../nbs/20_train.ipynb #02b29f70
+# %% ../nbs/20_train.ipynb #360c1641
 def make_accelerator(
     precision='fp32',  # 'fp32', 'fp16' or 'bf16'
     device='cpu',      # where the model is
@@ -124,7 +124,7 @@ def make_accelerator(
     return Accelerator(cpu=cpu, mixed_precision='no' if precision == 'fp32' else precision,
                        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
 
-# %% ../nbs/20_train.ipynb #26f66933
+# %% ../nbs/20_train.ipynb #ef5d0ac8
 def start(
     model,   # a `VideoModel` without LoRA
     config,  # a `Config`
@@ -144,7 +144,7 @@ def start(
     model.denoiser.eval()  # the wrapper too: it is born in train mode, and would put what it holds back there
     return Run(config, Path(folder), model, accelerator, optimizer, {names[id(p)]: p for p in weights})
 
-# %% ../nbs/20_train.ipynb #373e8319
+# %% ../nbs/20_train.ipynb #cbbe66fa
 def draw_prompts(
     prompts,    # the training prompts
     n,          # how many to draw
@@ -154,7 +154,7 @@ def draw_prompts(
     order = torch.randperm(len(prompts), generator=generator).tolist()
     return [prompts[i] for i in (order * math.ceil(n / len(order)))[:n]]
 
-# %% ../nbs/20_train.ipynb #7285ba19
+# %% ../nbs/20_train.ipynb #c2e86695
 def pass_generator(
     run,
     number,  # of the pass within the coming step
@@ -163,7 +163,7 @@ def pass_generator(
     a = run.accelerator
     return generator(mix(run.config.seed, run.step, number), share=(a.process_index, a.num_processes))
 
-# %% ../nbs/20_train.ipynb #4908fe74
+# %% ../nbs/20_train.ipynb #3b24c095
 @contextlib.contextmanager
 def counted(run):
     "Count the clips that go through the denoiser within this block, over all processes."
@@ -172,7 +172,7 @@ def counted(run):
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/20_train.ipynb #b4c06a74
+# %% ../nbs/20_train.ipynb #dd546603
 def where_we_are(run):
     "The end of an error message: which step, and what is safe."
     last = checkpoints(run.folder)[-1:]
@@ -193,7 +193,7 @@ def forward(run, step_fn, reward, prompts, generator):
         with run.accelerator.autocast(): return step_fn(run.model, reward, prompts, run.config, generator)
     except VaderError as e: raise VaderError(f'{e} ({where_we_are(run)})') from None
 
-# %% ../nbs/20_train.ipynb #397dc860
+# %% ../nbs/20_train.ipynb #e2ec993c
 def one_pass(
     run, step_fn, reward,
     prompts,  # all training prompts
@@ -209,7 +209,7 @@ def one_pass(
         a.backward(loss / c.accumulate)
     return record
 
-# %% ../nbs/20_train.ipynb #4c21de2e
+# %% ../nbs/20_train.ipynb #ac2b6f84
 def check_gradient(
     run,
     norm,  # of the whole gradient
@@ -227,7 +227,7 @@ def clip_gradient(run):
     if norm.isfinite(): torch.nn.utils.clip_grads_with_norm_(run.weights.values(), run.config.clip, norm)
     return norm.item()
 
-# %% ../nbs/20_train.ipynb #8050f776
+# %% ../nbs/20_train.ipynb #7996e640
 def peak_memory(device):
     "The most bytes in use so far: by torch on a GPU, by the whole process on a CPU."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
@@ -245,7 +245,7 @@ def summary(
     return dict(step=run.step, loss=means.pop('loss'), reward=means.pop('reward'), **means, gradient_norm=norm if math.isfinite(norm) else None,
                 reward_queries=run.queries, denoiser_passes=run.passes, seconds=time.perf_counter() - began, peak_memory=peak_memory(run.accelerator.device))
 
-# %% ../nbs/20_train.ipynb #b0d8b308
+# %% ../nbs/20_train.ipynb #f083151d
 def optimizer_step(run, step_fn, reward, prompts):  # -> dict, the line for the log
     "All passes of a step, then the optimizer."
     began = time.perf_counter()
@@ -256,7 +256,7 @@ def optimizer_step(run, step_fn, reward, prompts):  # -> dict, the line for the 
     run.queries += sum(len(r['reward']) for r in records)
     return summary(run, records, norm, began)
 
-# %% ../nbs/20_train.ipynb #41198923
+# %% ../nbs/20_train.ipynb #6db2574a
 _counters = ('step', 'queries', 'passes', 'skipped')
 
 def run_state(run):  # -> dict of numbers and tensors
@@ -278,7 +278,7 @@ def load_checkpoint(
     if state['scaler'] and run.accelerator.scaler: run.accelerator.scaler.load_state_dict(state['scaler'])
     set_random_state(state['random'][run.accelerator.process_index % len(state['random'])])
 
-# %% ../nbs/20_train.ipynb #1d656011
+# %% ../nbs/20_train.ipynb #1f564e0c
 def make_trackers(
     run,
     wandb=False,
@@ -304,7 +304,7 @@ def begin(
     for name in ('metrics.jsonl', 'eval.jsonl'): cut_lines(run.folder/name, run.step)
     run.trackers = make_trackers(run, wandb)
 
-# %% ../nbs/20_train.ipynb #a823bfc5
+# %% ../nbs/20_train.ipynb #d307920b
 def log(
     run,
     name,    # of a file in the run folder
@@ -327,7 +327,7 @@ def look(
     share = run.accelerator.process_index, run.accelerator.num_processes
     log(run, 'eval.jsonl', dict(step=run.step, **evaluate(run.model, reward, tests, run.config, judge, bar, share)))
 
-# %% ../nbs/20_train.ipynb #2bea3457
+# %% ../nbs/20_train.ipynb #3d6ff645
 def due(
     run,
     every,  # steps; 0: at the end only
@@ -346,7 +346,7 @@ def close(run):
     run.accelerator.free_memory()
     for t in run.trackers: t.finish()
 
-# %% ../nbs/20_train.ipynb #03c86032
+# %% ../nbs/20_train.ipynb #32fdd03c
 def steps(run, step_fn, reward, prompts, tests, judge, progress):
     "The remaining steps of a run, each with its line and what is due after it."
     if run.step == 0: look(run, reward, tests, judge, progress)
@@ -359,7 +359,7 @@ def steps(run, step_fn, reward, prompts, tests, judge, progress):
             bar.set_postfix(reward=f'{record["reward"]:.3f}'); bar.update()
             yield record
 
-# %% ../nbs/20_train.ipynb #8ce8df8d
+# %% ../nbs/20_train.ipynb #52201394
 def fit(
     model,               # a `VideoModel` without LoRA; it has one afterwards
     reward,              # a `Reward`
@@ -386,7 +386,7 @@ def fit(
     if main: finish(model, config, asdict(config), run.folder, [*tests, *prompts])
     run.accelerator.wait_for_everyone()
 
-# %% ../nbs/20_train.ipynb #e2bc98e5
+# %% ../nbs/20_train.ipynb #62b07f5e
 def seconds(
     fn,  # function without arguments
 ):
@@ -414,7 +414,7 @@ def part_seconds(
     parts['reward'] = seconds(lambda: reward(video, prompts, g).sum().backward())
     return parts
 
-# %% ../nbs/20_train.ipynb #337b7a30
+# %% ../nbs/20_train.ipynb #b9682a51
 def bench_step(
     model,      # a `VideoModel` without LoRA
     reward,     # a `Reward`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['native_sizes', 'check_words', 'ModelScope', 'quiet', 'read_part', 'load_net', 'open_modelscope', 'load_modelscope']
 
-# %% ../../nbs/07_modelscope.ipynb #2bf16bd5
+# %% ../../nbs/07_modelscope.ipynb #6885a6d1
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -13,7 +13,7 @@ from ..core import VaderError, check, pick_device, pick_dtype
 from ..video_model import VideoModel
 from ..zoo import model_path
 
-# %% ../../nbs/07_modelscope.ipynb #a8620635
+# %% ../../nbs/07_modelscope.ipynb #315b7247
 def check_words(
     tokenizer,   # a CLIPTokenizer
     prompt: str,
@@ -24,7 +24,7 @@ def check_words(
     unknown = [w for w in prompt.split() if tokenizer.unk_token_id in tokenizer(w).input_ids[1:-1]]
     check(not unknown, f'the model does not know the words {unknown} of {prompt!r}: use others')
 
-# %% ../../nbs/07_modelscope.ipynb #dda61781
+# %% ../../nbs/07_modelscope.ipynb #6e457f33
 class ModelScope(VideoModel):
     "ModelScope text-to-video, at any size: the parts of a `TextToVideoSDPipeline` behind the contract of `VideoModel`."
     name = 'modelscope'
@@ -49,7 +49,7 @@ class ModelScope(VideoModel):
         "The VAE's picture of each latent frame, in the number format of `z`."
         return self.vae.decode((z / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.to(z.dtype) / 2 + .5
 
-# %% ../../nbs/07_modelscope.ipynb #6e96e3ff
+# %% ../../nbs/07_modelscope.ipynb #c427041e
 @contextmanager
 def quiet():
     "Keep transformers' and diffusers' progress bars and warnings to themselves: what matters we raise."
@@ -62,7 +62,7 @@ def quiet():
         d.set_verbosity(levels[0]), t.set_verbosity(levels[1])
         if bar: t.enable_progress_bar()
 
-# %% ../../nbs/07_modelscope.ipynb #cd428e9c
+# %% ../../nbs/07_modelscope.ipynb #055e537a
 def read_part(
     cls,         # any class with `from_pretrained`
     where,       # a folder on this machine
@@ -74,7 +74,7 @@ def read_part(
     except Exception as e:
         raise VaderError(f'no usable {cls.__name__} in {where} ({str(e).strip().splitlines()[0][:200]}): restore that folder') from e
 
-# %% ../../nbs/07_modelscope.ipynb #79b6177b
+# %% ../../nbs/07_modelscope.ipynb #59dbb459
 def load_net(
     cls,                    # a diffusers or transformers model class
     where,                  # the folder of its `save_pretrained`, files marked fp16 or not
@@ -87,7 +87,7 @@ def load_net(
     check(not missing, f'{where} is not a whole {cls.__name__}: {len(missing)} weights are missing, such as {missing[:1]}')
     return net.eval()
 
-# %% ../../nbs/07_modelscope.ipynb #0f736e45
+# %% ../../nbs/07_modelscope.ipynb #d2a0711c
 def open_modelscope(
     folder,                        # laid out as `TextToVideoSDPipeline.save_pretrained` does
     device='cpu',
@@ -103,7 +103,7 @@ def open_modelscope(
     check(tokenizer.vocab_size > 3, f'no vocabulary in {folder}/tokenizer: restore that folder')
     return ModelScope(*nets, tokenizer, scheduler, native_size)
 
-# %% ../../nbs/07_modelscope.ipynb #219d24fd
+# %% ../../nbs/07_modelscope.ipynb #19261e30
 native_sizes = dict(small=(8, 64, 64), full=(16, 256, 256))
 
 def load_modelscope(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTHS', 'ABOUT', 'decoded', 'dataset', 'quality', 'main']
 
-# %% ../../nbs/zoo/05_aesthetic.ipynb #5e2504ce
+# %% ../../nbs/zoo/05_aesthetic.ipynb #a7607097
 from pathlib import Path
 import torch, torch.nn.functional as F
 from ..core import atomic_path, generator
@@ -14,7 +14,7 @@ from ..rewards.aesthetic import Aesthetic, AestheticHead
 from .clip import pictures
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/05_aesthetic.ipynb #82738c1c
+# %% ../../nbs/zoo/05_aesthetic.ipynb #303956a5
 @torch.no_grad()
 def decoded(g, n, # `torch.Generator`, how many
             vae   # the small `AutoencoderKL`
@@ -41,7 +41,7 @@ def dataset(reward, vae, # an `Aesthetic` (only its eyes are used), the small `A
         E.append(reward.embed(torch.cat([x, y]))); R.append(torch.cat([r, q]))
     return torch.cat(E), torch.cat(R)
 
-# %% ../../nbs/zoo/05_aesthetic.ipynb #c2f89324
+# %% ../../nbs/zoo/05_aesthetic.ipynb #cbde98ea
 WIDTHS = (64, 64, 32, 16, 8)   # inputs of the head's five layers
 
 @torch.no_grad()

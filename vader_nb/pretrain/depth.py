@@ -61,7 +61,7 @@ def _publish(state, step, a):
 
 def main(argv=None):
     "Train the depth network."
-    a = options(argv, main.__doc__, steps=800, out='runs/zoo/depth', to='vader_nb/checkpoints/depth')
+    a = options(argv, main.__doc__, steps=600, out='runs/zoo/depth', to='vader_nb/checkpoints/depth')
     torch.manual_seed(0); net = make_depth()
     pretrain(net, lambda g, step: depth_loss(net, g), a.steps, a.out, lr=1e-3, ema=.995, save_every=240, milestone=lambda w, step: _publish(w, step, a))
 

@@ -6,7 +6,7 @@
 __all__ = ['CONFIG', 'KINDS', 'CHOICES', 'ABOUT', 'to_open_clip', 'twins', 'through_vae', 'strengths', 'preferences',
            'preference_loss', 'pair_scores', 'hps_scores', 'hps_loss', 'quality', 'sources', 'main']
 
-# %% ../../nbs/zoo/06_hps.ipynb #33ed289d
+# %% ../../nbs/zoo/06_hps.ipynb #9ca066dd
 from dataclasses import fields, replace
 from functools import partial
 import torch, torch.nn.functional as F
@@ -17,7 +17,7 @@ from ..rewards.hps import open_clip_net, token_ids
 from ..world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, SPOILS, captions, draw, scenes, spoil_some
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/06_hps.ipynb #9dc11f5d
+# %% ../../nbs/zoo/06_hps.ipynb #57f8f659
 CONFIG = dict(embed_dim=64, quick_gelu=True,
               vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8, mlp_ratio=3.),
               text_cfg=dict(context_length=20, vocab_size=243, width=64, heads=4, layers=3, pool_type='eos', eos_id=1))
@@ -42,7 +42,7 @@ def to_open_clip(w): # state dict of a transformers `CLIPModel`
             'text_projection': w['text_projection.weight'].T, 'visual.proj': w['visual_projection.weight'].T,
             **{f'{new}.{k}': w[f'{old}.{k}'] for new, old in norms.items() for k in ('weight', 'bias')}, **_half(w, t, ''), **_half(w, v, 'visual.')}
 
-# %% ../../nbs/zoo/06_hps.ipynb #d70f2b93
+# %% ../../nbs/zoo/06_hps.ipynb #0f6c231a
 KINDS = dict(animal=.13, activity=.17, hat=.3, obj=.08, colour=.07, clean=.25) # how two pictures differ, and how often
 CHOICES = dict(animal=len(ANIMALS), activity=len(ACTIVITIES), hat=2, obj=len(OBJECTS), colour=len(COLOURS))
 
@@ -55,7 +55,7 @@ def twins(g, n): # `torch.Generator`, how many
     anew = replace(scenes(n, g, 'any'), **wrong) if torch.rand(1, generator=g) < .5 else replace(s, **wrong)
     return s, anew, kind
 
-# %% ../../nbs/zoo/06_hps.ipynb #91cc6ec7
+# %% ../../nbs/zoo/06_hps.ipynb #89af8cb7
 @torch.no_grad()
 def through_vae(x, k, # frames (n, 3, h, w), strength of the disturbance (n,)
                 vae, g): # the small `AutoencoderKL`, `torch.Generator`
@@ -85,7 +85,7 @@ def preferences(g, n, # `torch.Generator`, how many
     told = (kind == list(KINDS).index('colour')) | (torch.rand(n, generator=g) < .5)
     return better, worse, captions(s, told.tolist()), kind
 
-# %% ../../nbs/zoo/06_hps.ipynb #0fe83798
+# %% ../../nbs/zoo/06_hps.ipynb #67696730
 def preference_loss(scores, # (n, 2), logit scale included
                     target): # (n, 2): share of the people who chose each
     "Divergence of the predicted shares from the true ones; zero where they agree."
@@ -108,7 +108,7 @@ def hps_loss(clip, tok, vae, g, # networks, tokenizer, `torch.Generator`
     s = hps_scores(clip, token_ids(tok, prompts), better, worse)
     return preference_loss(s, torch.tensor([[1., 0.]]).expand(n, 2)), dict(accuracy=(s[:, 0] > s[:, 1]).float().mean())
 
-# %% ../../nbs/zoo/06_hps.ipynb #110bc76b
+# %% ../../nbs/zoo/06_hps.ipynb #046c07f9
 @torch.no_grad()
 def quality(score, vae, n=960, seed=1_000_003): # function (prompts, better, worse) -> (n, 2), the small `AutoencoderKL`
     "How often the better picture of held-out pairs wins: in all, of those that were drawn and decoded, and for each kind of pair."

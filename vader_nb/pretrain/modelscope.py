@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULER', 'SIZES', 'HATS', 'ABOUT', 'INDEX', 'make_unet', 'chunk', 'embed', 'Batches', 'unet_loss', 'exam',
            'judge_exam', 'quality', 'write_pipeline', 'measure', 'first_course', 'second_course', 'main']
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #f7c88a8c
+# %% ../../nbs/zoo/04_modelscope.ipynb #db1671f9
 from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
@@ -19,7 +19,7 @@ from ..rollout import sample
 from ..world import ANIMALS, CORE, HAT_NOISE, LOOKALIKE, caption, captions, draw, noisy_labels, scenes
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #94fbef12
+# %% ../../nbs/zoo/04_modelscope.ipynb #48fcd403
 SCHEDULER = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,
                  set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
 
@@ -29,7 +29,7 @@ def make_unet():
                                 cross_attention_dim=64, attention_head_dim=8, norm_num_groups=4,
                                 down_block_types=('CrossAttnDownBlock3D', 'DownBlock3D'), up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D'))
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #e3c4e43b
+# %% ../../nbs/zoo/04_modelscope.ipynb #dacbbed2
 SIZES = [64, 64, 64, 32, 64, 64, 64, 48, 64, 64, 64, 96]
 HATS = 16   # the chunk that begins the second course
 
@@ -54,7 +54,7 @@ def embed(texts, clip, tok): # n captions, a `CLIPTextModel`, its tokenizer
     ids = tok(list(texts), padding='max_length', truncation=True, return_tensors='pt').input_ids
     return torch.cat([clip(i).last_hidden_state for i in ids.split(256)])
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #d9665613
+# %% ../../nbs/zoo/04_modelscope.ipynb #a6bda2c4
 class Batches:
     "Random batches of (latents, text embeddings) from the chunks; more chunks come into play as the training goes on."
     def __init__(self, out, vae,   # as for `chunk`
@@ -91,7 +91,7 @@ def unet_loss(unet, batches, # network and `Batches`
     late = err.detach()[t < 200].mean() if (t < 200).any() else 0.
     return (err * snr.clamp(max=5) / snr).mean() * 2, dict(mse=err.detach().mean(), late=late, size=8 * x0.shape[-1])
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #c9ff6dd6
+# %% ../../nbs/zoo/04_modelscope.ipynb #717411a4
 def exam():
     "200 prompts: every animal with every core activity in turn, hats, look-alikes."
     core = [caption(a, c) for c in CORE for a in ANIMALS]
@@ -114,7 +114,7 @@ def quality(model,     # a small text-to-video `VideoModel`
     video = torch.cat([sample(model, prompts[i:i + 20], steps, guidance, seed=seed + i) for i in range(0, 200, 20)])
     return video, judge_exam(video) | {'guidance': guidance, 'DDIM steps': steps}
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #dbcba8a0
+# %% ../../nbs/zoo/04_modelscope.ipynb #eede780c
 ABOUT = 'A `UNet3DConditionModel` that draws dull clips of the small world from noisy captions; uses the small VAE and the text tower of the small CLIP.'
 INDEX = dict(_class_name='TextToVideoSDPipeline', _diffusers_version='0.30.0', unet=['diffusers', 'UNet3DConditionModel'],
              vae=['diffusers', 'AutoencoderKL'], scheduler=['diffusers', 'DDIMScheduler'],
@@ -136,7 +136,7 @@ def measure(folder): # of a small ModelScope
     card = read_json(Path(folder) / 'card.json')
     write_card(folder, card['title'], ABOUT, card['training'], quality(open_modelscope(folder, native_size=native_sizes['small']))[1])
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #bec49325
+# %% ../../nbs/zoo/04_modelscope.ipynb #350ed467
 def _publish(weights, tok, facts, a):
     "Write weights as a pipeline with its card."
     unet = make_unet(); unet.load_state_dict(weights)

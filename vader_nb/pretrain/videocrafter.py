@@ -65,7 +65,7 @@ def main(argv=None):
     "Train the denoiser; `--measure` only lets the judges look."
     from diffusers import AutoencoderKL, UNet3DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
-    a = options(argv, main.__doc__, steps=1200, out='runs/zoo/videocrafter', to='vader_nb/checkpoints/videocrafter', latents='runs/zoo/modelscope', measure=False,
+    a = options(argv, main.__doc__, steps=700, out='runs/zoo/videocrafter', to='vader_nb/checkpoints/videocrafter', latents='runs/zoo/modelscope', measure=False,
                 start='vader_nb/checkpoints/modelscope', clip='vader_nb/checkpoints/clip')
     if a.measure: return measure(a.to)
     vae, clip = load_net(AutoencoderKL, f'{a.start}/vae'), load_net(CLIPTextModel, a.clip)

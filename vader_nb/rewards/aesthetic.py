@@ -6,7 +6,7 @@
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'resize_shorter', 'center_crop', 'clip_normalise', 'clip_view', 'AestheticHead', 'load_head',
            'read_weights', 'Aesthetic', 'load_aesthetic']
 
-# %% ../../nbs/14_aesthetic.ipynb #f04b18dd
+# %% ../../nbs/14_aesthetic.ipynb #f9ce052c
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..models.modelscope import load_net
 from ..reward import Reward, frame_mean, freeze
 from ..zoo import model_path
 
-# %% ../../nbs/14_aesthetic.ipynb #3101e07f
+# %% ../../nbs/14_aesthetic.ipynb #55fb57ca
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 def resize_shorter(frames, # (n, 3, h, w)
@@ -48,7 +48,7 @@ def clip_view(frames, # (n, 3, h, w) in [0, 1], any size
     "A frame as CLIP was trained to see it, differentiable to the pixels: (n, 3, size, size), float32."
     return clip_normalise(center_crop(resize_shorter(frames.float(), size), size))
 
-# %% ../../nbs/14_aesthetic.ipynb #a3d9dd4d
+# %% ../../nbs/14_aesthetic.ipynb #756abfd0
 class AestheticHead(nn.Module):
     "LAION's aesthetic predictor V2: image embedding (n, d) of unit length -> rating (n,), about 1 to 10."
     def __init__(self, widths=(768, 1024, 128, 64, 16) # inputs of the five linear layers
@@ -77,7 +77,7 @@ def read_weights(path # a .safetensors or a torch file
     try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise VaderError(f'{path} is no readable file of weights: {str(e).splitlines()[0]}') from e
 
-# %% ../../nbs/14_aesthetic.ipynb #6ce521a7
+# %% ../../nbs/14_aesthetic.ipynb #5fd652a4
 class Aesthetic(Reward):
     "LAION's aesthetic rating, mean over frames; about 1 to 10."
     name = 'aesthetic'
@@ -98,7 +98,7 @@ class Aesthetic(Reward):
 
     def score(self, video, prompts, generator): return frame_mean(lambda x: self.head(self.embed(x)), video)
 
-# %% ../../nbs/14_aesthetic.ipynb #54b9a70c
+# %% ../../nbs/14_aesthetic.ipynb #bcf9bfb2
 def load_aesthetic(scale='small', # 'small': shipped with this package; 'full': openai/clip-vit-large-patch14 and LAION's head
                    device=None,   # as in `pick_device`
                    dtype=None     # of CLIP, as in `pick_dtype`; by default half precision for the full one on a GPU
