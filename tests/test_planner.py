@@ -1,0 +1,107 @@
+"The planner: the simulated step is the trainer's, the cheapest set that fits is found, and the command speaks plainly."
+from dataclasses import replace
+
+import pytest, torch
+from tiny_models import tiny_pipeline
+from vader_nb import fullsize, planner
+from vader_nb.cli import main
+from vader_nb.core import VaderError, generator
+from vader_nb.fullsize import BASES, REWARDS, Base, remembering, simulate, weightless
+from vader_nb.memory import add_lora
+from vader_nb.meter import Reading, measure, networks
+from vader_nb.models.modelscope import ModelScope
+from vader_nb.planner import SETS, arithmetic, cached, config_for, describe, plan, sets_for
+from vader_nb.reward import reward_from
+from vader_nb.train import vader_step
+from vader_nb.tricks import use_tricks
+
+SIZE = (8, 64, 64)
+
+def contrast(): return reward_from(lambda video, prompts: video.flatten(1).std(1), 'contrast')
+
+def tiny():
+    pipe = tiny_pipeline()
+    model = ModelScope(pipe.unet, pipe.vae, pipe.text_encoder, None, pipe.scheduler, SIZE)
+    return remembering(model, 12, 32)
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch, tmp_path):
+    monkeypatch.setitem(BASES, 'tiny', Base(tiny, SIZE, 'fp32', 3.))
+    monkeypatch.setitem(REWARDS, 'contrast', contrast)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+
+
+@pytest.mark.parametrize('words', ['', 'layers slices passes park'])
+def test_the_simulation_agrees_with_the_trainers_own_step(words):
+    config = replace(config_for('tiny', 'contrast', K=2), rank=4)
+    told = simulate('tiny', 'contrast', config, words)
+    model, judge = tiny(), contrast()
+    model.cache = {k: torch.randn(12, 32, generator=generator(0)) for k in model.cache}
+    learn = add_lora(model, 4, config.alpha)
+    use_tricks(model, judge, words)
+    optimizer = fullsize.ready(torch.optim.AdamW(learn, config.lr, foreach=True))
+    def step():
+        vader_step(model, judge, [fullsize.PROMPT], config, generator(0))[0].backward()
+        optimizer.step()
+    real = measure(step, model, judge, optimizer)
+    off_the_device = sum(p.nbytes for p in model.text_encoder.parameters()) if 'park' in words else 0  # a CPU has nowhere to park it
+    assert off_the_device == 0 or told.parts['weights'] < real.parts['weights']
+    for part in ('learning', 'denoiser', 'decoder'): assert told.parts[part] == pytest.approx(real.parts[part], rel=.01, abs=2**13)
+    if not words: assert told.peak == pytest.approx(real.peak, rel=.01)
+
+def test_weights_are_counted_to_the_byte():
+    model = tiny()
+    own = sum(-(-t.nbytes // 512) * 512 for net in networks(model).values() for t in (*net.parameters(), *net.buffers()))
+    assert simulate('tiny', 'contrast', config_for('tiny', 'contrast')).parts['weights'] == own
+
+@pytest.mark.parametrize('name', ['modelscope', 'videocrafter', 'opensora', 'svd'])
+def test_published_sizes(name):
+    with weightless(torch.float16): model = BASES[name].build()
+    count = {k: sum(p.numel() for p in m.parameters()) for k, m in networks(model).items()}
+    assert count['denoiser'] == dict(modelscope=1411233860, videocrafter=1413284420, opensora=1207643972, svd=1524623082)[name]
+    assert count['vae'] == dict(modelscope=83653863, videocrafter=83653863, opensora=83653863 + 309687144, svd=97742847)[name]
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.float16} and {p.device.type for p in model.denoiser.parameters()} == {'meta'}
+
+
+def fake(monkeypatch, peaks):
+    "Readings with these peaks in GB for the sets of tricks, and a list of what was asked for."
+    asked = []
+    def cached(base, reward, config, words, rounds):
+        asked.append(words)
+        return Reading(int(peaks[SETS.index(words)] * 2**30), dict(weights=2**30), dict(denoiser=3e12), dict(denoiser=1e12), 0)
+    monkeypatch.setattr(planner, 'cached', cached)
+    return asked
+
+@pytest.mark.parametrize('budget, best', [(100, 0), (40, 1), (16, 3), (9, 4), (7, 5), (3, 5)])
+def test_the_cheapest_that_fits(monkeypatch, budget, best):
+    peaks = [60, 30, 20, 10, 6, 4]
+    asked = fake(monkeypatch, peaks)
+    p = plan('modelscope', 'hps', config_for('modelscope', 'hps'), budget)
+    assert p.words == SETS[best] and p.needs == 1.15 * peaks[best] + 1.5 and p.fits == (budget != 3) and len(asked) <= 4
+    text = describe('modelscope', 'hps', config_for('modelscope', 'hps'), p)
+    assert ('does not fit' in text) == (budget == 3) and f'in {budget} GB' in text
+
+def test_a_question_is_simulated_once(monkeypatch):
+    calls, c = [], config_for('tiny', 'contrast')
+    monkeypatch.setattr(planner, 'simulate', lambda *a: calls.append(a) or Reading(5, dict(weights=5), dict(denoiser=1.), dict(denoiser=1.), 0))
+    assert cached('tiny', 'contrast', c) == cached('tiny', 'contrast', c) and len(calls) == 1
+    cached('tiny', 'contrast', c, 'layers'), cached('tiny', 'contrast', replace(c, K=2)), cached('tiny', 'contrast', c, rounds=3)
+    assert len(calls) == 4
+
+def test_a_decoder_of_neighbours_is_not_sliced():
+    assert all('slices' not in s for s in sets_for('svd')) and any('slices' in s for s in sets_for('modelscope'))
+
+def test_arithmetic_of_a_real_step():
+    assert arithmetic(Reading(0, {}, dict(denoiser=7., reward=1.), dict(denoiser=2.), 0), 2, 25) == 8 + 23 * 2
+
+@pytest.mark.parametrize('args, words', [(['--base', 'imagen'], 'unknown base'), (['--reward', 'fame'], 'unknown reward'), (['--size', 'large'], 'height x width'), (['--k', '0'], 'K is 0'),
+                                         (['--budget', '-1'], 'budget is -1'), (['--base', 'tiny', '--reward', 'contrast', '--size', '60x60'], 'multiples of'), (['--frames', '-2'], 'frames is -2')])
+def test_one_clear_line(capsys, args, words):
+    assert main(['memory', *args]) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+
+def test_the_command(capsys):
+    assert main(['memory', '--base', 'tiny', '--reward', 'contrast', '--budget', '2', '--frames', '4', '--size', '32x32']) == 0
+    out = capsys.readouterr().out
+    assert 'tiny with contrast: 4 x 32 x 32, K = 1' in out and 'fits in 2 GB' in out
