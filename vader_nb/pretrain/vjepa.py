@@ -97,7 +97,7 @@ ABOUT = '''Context encoder, predictor and target encoder of V-JEPA (patch 8, tub
 def _publish(state, step, a):
     "Write averaged weights as a checkpoint with its card."
     net = VJepa(SMALL); net.load_state_dict(state)
-    facts = dict(data=f'{a.clips} clips of 8 frames, all grades, mirrored at random', steps=f'{step} of {a.steps}, batch 16', seed=0, command='python -m vader_nb.pretrain.vjepa')
+    facts = dict(data=f'{a.clips} clips of 8 frames, all grades, half of them panned, mirrored at random', steps=f'{step} of {a.steps}, batch 16', seed=0, command='python -m vader_nb.pretrain.vjepa')
     n = 100 if step == a.steps else 20
     with atomic_path(a.to) as d:
         save_vjepa_net(net, d)
