@@ -13,13 +13,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from tiny_models import tiny_tokenizer
 from vader_nb.core import VaderError, generator
 from vader_nb.diffusion import flow_mix, flow_target
-from vader_nb.memory import add_lora, checkpoint_activations, lora_parameters
+from vader_nb.memory import add_lora, checkpoint_activations
 from vader_nb.models import opensora
 from vader_nb.models.opensora import (OpenSora, clean_text, drop_text_encoder, flow_ratio, flow_sampler, load_opensora, open_opensora, open_stdit3, open_text,
                                       open_vae, read_embeddings)
 from vader_nb.nets.opensora_vae import OpenSoraVAE, latent_frames
 from vader_nb.nets.stdit3 import STDiT3, frequencies, places, turn
+from vader_nb.reward import reward_from
 from vader_nb.rollout import differentiable_latents, last, rollout
+from vader_nb.train import Config, vader_step
 
 reference = Path(__file__).parent/'reference'
 golden = lambda name: {k: torch.from_numpy(v) if v.ndim else torch.tensor(v) for k, v in np.load(reference/f'opensora12_{name}_golden.npz').items()}
@@ -304,6 +306,17 @@ def test_lora_learns_through_flow_and_decoder(where):
         grads[on] = torch.autograd.grad(model.decode(z, [3]).square().mean(), [p for n, p in model.denoiser.named_parameters() if 'lora_B' in n])
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads[True])
     for a, b in zip(grads[True], grads[False]): close(a, b, 1e-5)
+
+
+def test_a_training_step():
+    model, config = tiny(), Config(sampler='rflow', frames=34, height=32, width=48, batch=2, T=2, K=1, where='last', guidance=2., decode=2)
+    learn, bright = add_lora(model, rank=2, alpha=2), reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)), 'bright')
+    seen = []
+    model.sampler = lambda *args, **kw: seen.append(OpenSora.sampler(model, *args, **kw)) or seen[-1]
+    loss, record = vader_step(model, bright, PROMPTS, config, generator(0))
+    assert record['reward'].shape == (2,) and seen[0].sigmas == flow_sampler(2, flow_ratio(34, 32, 48, 64)).sigmas  # the clip's size, not the model's own
+    grads = torch.autograd.grad(loss, learn, allow_unused=True)
+    assert any(g is not None and g.abs().max() > 0 for g in grads)
 
 
 def test_half_precision_inside_float32_outside():
