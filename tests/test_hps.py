@@ -230,6 +230,17 @@ def test_unknown_version():
 def test_both_versions_are_one_at_small_scale(small):
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), load_hps('small', 'cpu', version='2.1').parameters()))
 
+# The experiment
+
+def test_prompts_of_the_experiment():
+    from vader_nb.experiments import EXPERIMENTS, action_prompts, hat_prompts
+    train, tests = hat_prompts('small')
+    for ps in (train, tests): assert len(set(ps)) == len(ps) and sum(' wearing a hat ' in p for p in ps) == len(ps)/2
+    assert not {p.split()[1] for p in train} & {p.split()[1] for p in tests}
+    assert hat_prompts('full') == action_prompts('full')
+    e = EXPERIMENTS['modelscope-hps']
+    assert e.prompts is hat_prompts and e.reward is load_hps and e.full == EXPERIMENTS['modelscope-aesthetic'].full
+
 # How the small one was made
 
 def test_open_clips_layout_is_the_same_network():
