@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT', 'DULL', 'make_stdit3', 'quiet_start', 'draw_places', 'Clips', 'flow_loss', 'quality', 'main']
 
-# %% ../../nbs/zoo/09b_opensora.ipynb #857a5c03
+# %% ../../nbs/zoo/09b_opensora.ipynb #02e7d9c5
 from pathlib import Path
 import torch
 from ..core import atomic_path, read_json, write_json
@@ -18,12 +18,12 @@ from .loop import options, pretrain, write_card
 from .modelscope import exam, judge_exam
 from .opensora_vae import frame_latents
 
-# %% ../../nbs/zoo/09b_opensora.ipynb #444487c7
+# %% ../../nbs/zoo/09b_opensora.ipynb #1ae7d242
 def make_stdit3():
     "The small `STDiT3`: latents (b, 8, 5, h/8, w/8), up to 20 words of 64 numbers."
     return STDiT3(hidden_size=112, depth=4, num_heads=4, in_channels=8, mlp_ratio=2.5, caption_channels=64, model_max_length=20, input_sq_size=64)
 
-# %% ../../nbs/zoo/09b_opensora.ipynb #82d3063b
+# %% ../../nbs/zoo/09b_opensora.ipynb #0629c85d
 def quiet_start(net: STDiT3): # changed in place
     "Zero the last layer, what the looks at the caption add, and the layer that makes shifts, scales and gates."
     for layer in [net.final_layer.linear, net.t_block[1], *(b.cross_attn.proj for b in [*net.spatial_blocks, *net.temporal_blocks])]:
@@ -31,14 +31,14 @@ def quiet_start(net: STDiT3): # changed in place
     for b in [*net.spatial_blocks, *net.temporal_blocks]: b.scale_shift_table.data.mul_(.1)
     return net
 
-# %% ../../nbs/zoo/09b_opensora.ipynb #90199942
+# %% ../../nbs/zoo/09b_opensora.ipynb #e0ed7f97
 def draw_places(n, g,  # how many, `torch.Generator`
                 r):    # from `flow_ratio`
     "Places on the line from data, 0, to noise, 1 (n,)."
     s = torch.randn(n, generator=g).sigmoid()
     return r * s / (1 + (r - 1) * s)
 
-# %% ../../nbs/zoo/09b_opensora.ipynb #db18701c
+# %% ../../nbs/zoo/09b_opensora.ipynb #fa21ae11
 class Clips:
     "Random batches of (latents, words, mask) from the chunks; more chunks come into play as the training goes on."
     def __init__(self, model,  # an `OpenSora` whose VAE and text encoder make them
@@ -78,14 +78,14 @@ def flow_loss(model, clips, # `OpenSora`, `Clips`
     late = err.detach()[sigma < .3].mean() if (sigma < .3).any() else 0.
     return err.mean(), dict(late=late)
 
-# %% ../../nbs/zoo/09b_opensora.ipynb #8cf68a74
+# %% ../../nbs/zoo/09b_opensora.ipynb #a3420fa9
 def quality(model, steps=20, guidance=4.):
     "What the judges say of samples of the exam, as a dict."
     prompts = exam()
     video = torch.cat([sample(model, prompts[i:i + 20], steps, guidance, seed=i, kind='rflow')[:, ::2] for i in range(0, len(prompts), 20)])
     return judge_exam(video) | {'guidance': guidance, 'flow steps': steps}
 
-# %% ../../nbs/zoo/09b_opensora.ipynb #0b2fb1f0
+# %% ../../nbs/zoo/09b_opensora.ipynb #a29561ec
 ABOUT = 'An `STDiT3` (Open-Sora 1.2) that draws dull clips of 17 frames of the small world from noisy captions; uses the small image VAE, the temporal VAE beside it and the text tower of the small CLIP.'
 DULL = [1, 2, 3, 5]  # chunks of dull clips
 
