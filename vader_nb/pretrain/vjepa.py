@@ -92,7 +92,8 @@ def ranking(reward, n=100, seed=1_000_003, piece=20):
     clean = score('')
     return {kind: f'{(clean > score(kind)).float().mean().item():.0%}' for kind in DISTURBANCES}
 
-ABOUT = '''Context encoder, predictor and target encoder of V-JEPA (patch 8, tubelet 2), trained on clips of the small world without any labels, by the masked prediction of features.'''
+ABOUT = ('Context encoder, predictor and target encoder of V-JEPA (patch 8, tubelet 2), trained on clips of the small world without labels, by the masked '
+         'prediction of features. It notices disturbed motion; it does not notice an animal that becomes another.')
 
 def _publish(state, step, a):
     "Write averaged weights as a checkpoint with its card."
