@@ -4,6 +4,7 @@ import random
 import re
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from vader_nb.models.opensora import (OpenSora, clean_text, drop_text_encoder, f
 from vader_nb.nets.opensora_vae import OpenSoraVAE, latent_frames
 from vader_nb.nets.stdit3 import STDiT3, frequencies, places, turn
 from vader_nb.reward import reward_from
-from vader_nb.rollout import differentiable_latents, last, rollout
+from vader_nb.rollout import differentiable_latents, last, rollout, sample
 from vader_nb.train import Config, vader_step
+from vader_nb.zoo import model_path
 
 reference = Path(__file__).parent/'reference'
 golden = lambda name: {k: torch.from_numpy(v) if v.ndim else torch.tensor(v) for k, v in np.load(reference/f'opensora12_{name}_golden.npz').items()}
@@ -408,3 +410,21 @@ def test_text_encoders_that_will_not_do(folders):
     with pytest.raises(VaderError, match='not a whole T5EncoderModel'): open_text(folders/'t5', 20)
     (folders/'t5/config.json').write_text('{"model_type": "bert"}')
     with pytest.raises(VaderError, match='bert'): open_text(folders/'t5', 20)
+
+
+# The small one
+
+def test_what_pretraining_publishes_can_be_loaded(tmp_path):
+    from vader_nb.pretrain.opensora import _publish as publish_denoiser, make_stdit3
+    from vader_nb.pretrain.opensora_vae import _publish as publish_vae, make_temporal
+    torch.manual_seed(0)
+    net, temporal, x = make_stdit3(), make_temporal().eval(), torch.randn(2, 4, 17, 4, 4)
+    publish_denoiser(net.state_dict(), 1, SimpleNamespace(steps=2, to=tmp_path/'denoiser'))
+    publish_vae(temporal.state_dict(), 1, x, None, SimpleNamespace(steps=2, to=tmp_path/'vae'))
+    for part in ('denoiser', 'vae'): assert (tmp_path/part/'model.safetensors').stat().st_size < 3.3e6 and (tmp_path/part/'card.json').exists()
+    model = open_opensora(tmp_path/'denoiser', tmp_path/'vae', model_path('clip'), image_vae=model_path('vae'), **opensora.SMALL)
+    with torch.no_grad():
+        z = (temporal.encode(x).chunk(2, 1)[0] - model.vae.shift) / model.vae.scale
+        video = sample(model, ['a panda riding a bike'], 1, 4., kind='rflow')
+    assert (z.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < .01  # unit scale
+    assert video.shape == (1, 17, 3, 64, 64) and model.vae.image_vae.config.scaling_factor == model.vae.image_scale == 1
