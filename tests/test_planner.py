@@ -21,12 +21,11 @@ def contrast(): return reward_from(lambda video, prompts: video.flatten(1).std(1
 
 def tiny():
     pipe = tiny_pipeline()
-    model = ModelScope(pipe.unet, pipe.vae, pipe.text_encoder, None, pipe.scheduler, SIZE)
-    return remembering(model, 12, 32)
+    return ModelScope(pipe.unet, pipe.vae, pipe.text_encoder, None, pipe.scheduler, SIZE)
 
 @pytest.fixture(autouse=True)
 def tables(monkeypatch, tmp_path):
-    monkeypatch.setitem(BASES, 'tiny', Base(tiny, SIZE, 'fp32', 3.))
+    monkeypatch.setitem(BASES, 'tiny', Base(lambda: remembering(tiny(), 12, 32), SIZE, 'fp32', 3.))
     monkeypatch.setitem(REWARDS, 'contrast', contrast)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
 
@@ -36,7 +35,7 @@ def test_the_simulation_agrees_with_the_trainers_own_step(words):
     config = replace(config_for('tiny', 'contrast', K=2), rank=4)
     told = simulate('tiny', 'contrast', config, words)
     model, judge = tiny(), contrast()
-    model.cache = {k: torch.randn(12, 32, generator=generator(0)) for k in model.cache}
+    model.cache = {p: torch.randn(12, 32, generator=generator(0)) for p in (fullsize.PROMPT, '')}
     learn = add_lora(model, 4, config.alpha)
     use_tricks(model, judge, words)
     optimizer = fullsize.ready(torch.optim.AdamW(learn, config.lr, foreach=True))
@@ -44,10 +43,11 @@ def test_the_simulation_agrees_with_the_trainers_own_step(words):
         vader_step(model, judge, [fullsize.PROMPT], config, generator(0))[0].backward()
         optimizer.step()
     real = measure(step, model, judge, optimizer)
-    off_the_device = sum(p.nbytes for p in model.text_encoder.parameters()) if 'park' in words else 0  # a CPU has nowhere to park it
-    assert off_the_device == 0 or told.parts['weights'] < real.parts['weights']
-    for part in ('learning', 'denoiser', 'decoder'): assert told.parts[part] == pytest.approx(real.parts[part], rel=.01, abs=2**13)
-    if not words: assert told.peak == pytest.approx(real.peak, rel=.01)
+    counters = 512 * len(learn)  # Adam counts its steps on the CPU, which only here is the device
+    for part, extra in (('learning', counters), ('denoiser', 0), ('decoder', 0)):
+        assert told.parts.get(part, 0) + extra == pytest.approx(real.parts.get(part, 0), rel=.01, abs=2**12)
+    if 'park' in words: assert told.parts['weights'] < real.parts['weights']  # a CPU has nowhere to park the text encoder
+    else: assert told.peak + counters == pytest.approx(real.peak, rel=.01)
 
 def test_weights_are_counted_to_the_byte():
     model = tiny()
@@ -101,7 +101,8 @@ def test_one_clear_line(capsys, args, words):
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
 
-def test_the_command(capsys):
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(planner, 'SETS', ['layers'])
     assert main(['memory', '--base', 'tiny', '--reward', 'contrast', '--budget', '2', '--frames', '4', '--size', '32x32']) == 0
     out = capsys.readouterr().out
-    assert 'tiny with contrast: 4 x 32 x 32, K = 1' in out and 'fits in 2 GB' in out
+    assert 'tiny with contrast: 4 x 32 x 32, K = 1' in out and 'fits in 2 GB' in out and 'tricks: layers' in out

@@ -44,6 +44,7 @@ def weightless(dtype # their number format
 
 def remembering(model, *shape):
     "A model that seems to have read `PROMPT` and the empty prompt: embeddings of that shape, without numbers."
+    for net in networks(model).values(): net.to('meta')  # some of diffusers' numbers insist on the CPU
     model.cache = {p: torch.empty(shape, device='meta') for p in (PROMPT, '')}
     return model
 
@@ -168,7 +169,6 @@ def simulate(base,      # one of `BASES`
     "The peak of one training step at full size."
     dtype = pick_dtype(config.precision)
     with weightless(dtype): model, judge = find(BASES, 'base', base).build(), freeze(find(REWARDS, 'reward', reward)())
-    for net in networks(model).values(): net.to('meta')  # some of diffusers' buffers insist on the CPU
     learn = add_lora(model, config.rank, config.alpha) if lora else list(model.denoiser.requires_grad_(True).parameters())
     use_tricks(model, judge, words)
     optimizer = ready(torch.optim.AdamW(learn, config.lr, foreach=True))

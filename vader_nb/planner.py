@@ -122,9 +122,9 @@ def survey(words,          # one of `SETS`
 
 def record_ladder(folder # receives ladder.json
                   ):
-    "Simulate all that the pictures of this notebook show, and write it down; takes some twenty minutes."
-    frugal = {k: [[*q, asdict(r)] for q, r in survey(k)] for k in (SETS[5], SETS[3])}
-    write_json(Path(folder)/'ladder.json', dict(ladder=[[n, asdict(r)] for n, r in ladder()], survey=frugal))
+    "Simulate all that the pictures of this notebook show, and write it down; takes some ten minutes."
+    rows = dict(ladder=ladder(), moderate=survey(SETS[3], ['hps']), frugal=survey(SETS[5]))
+    write_json(Path(folder)/'ladder.json', {k: [[name, asdict(r)] for name, r in v] for k, v in rows.items()})
 
 # %% ../nbs/25b_planner.ipynb #817d2b80
 def panel():
