@@ -112,7 +112,7 @@ def main(argv=None):
     model = OpenSora(net, open_vae(a.temporal, a.vae).float(), *open_text(a.clip, 20), **SMALL)
     net.requires_grad_(True); net.rope.requires_grad_(False)
     clips = Clips(model, load_net(AutoencoderKL, a.vae), a.out, DULL)
-    pretrain(net, lambda g, step: flow_loss(model, clips, g, 2 + step // 1200), a.steps, f'{a.out}/denoiser', lr=2e-3, seed=6, save_every=180,
+    pretrain(net, lambda g, step: flow_loss(model, clips, g, 1 + step // 700), a.steps, f'{a.out}/denoiser', lr=2e-3, seed=6, save_every=180,
              milestone=lambda w, step: _publish(w, step, a))
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
