@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import atomic_path, from_frames, generator, to_frames
+from ..models.modelscope import load_net
 from ..rewards.objects import imagenet_normalise
 from ..world import ACTIVITIES, SPOILS, draw, scenes, spoil, spoil_some
 from .loop import options, pretrain, write_card
@@ -111,10 +112,10 @@ def main(argv=None):
     "Train the action classifier."
     from diffusers import AutoencoderKL
     from transformers import CLIPVisionModelWithProjection
-    a = options(argv, main.__doc__, steps=500, out='runs/zoo/action', to='vader_nb/checkpoints/videomae', clips=4_800,
+    a = options(argv, main.__doc__, steps=400, out='runs/zoo/action', to='vader_nb/checkpoints/videomae', clips=4_800,
                 vae='vader_nb/checkpoints/modelscope/vae', clip='vader_nb/checkpoints/clip')
     vae = AutoencoderKL.from_pretrained(a.vae).float().eval().requires_grad_(False)
-    torch.manual_seed(9); net, pool = make_videomae(CLIPVisionModelWithProjection.from_pretrained(a.clip).float()), _pool(Path(a.out) / 'data.pt', a, vae)
+    torch.manual_seed(9); net, pool = make_videomae(load_net(CLIPVisionModelWithProjection, a.clip)), _pool(Path(a.out) / 'data.pt', a, vae)
     pretrain(net, lambda g, step: action_loss(net, *batch(pool, g)), a.steps, a.out, lr=6e-4, ema=.995, weight_decay=.05, seed=9, save_every=900,
              milestone=lambda w, step: _publish(w, step, vae, a))
 
