@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PickScore', 'load_pickscore']
 
-# %% ../../nbs/16_pickscore.ipynb #8ba06adb
+# %% ../../nbs/16_pickscore.ipynb #847ef5bc
 from ..core import pick_device, pick_dtype
 from ..models.modelscope import load_net, read_part
 from .aesthetic import clip_view
 from .hps import TextMatch, token_ids
 from ..zoo import model_path
 
-# %% ../../nbs/16_pickscore.ipynb #b22bad24
+# %% ../../nbs/16_pickscore.ipynb #25d976d1
 class PickScore(TextMatch):
     "PickScore (https://arxiv.org/abs/2305.01569): exp(logit scale) times the cosine of frame and prompt, mean over frames."
     name = 'pickscore'
@@ -28,7 +28,7 @@ class PickScore(TextMatch):
     def embed_images(self, x): return self.clip.get_image_features(pixel_values=x).pooler_output
     def embed_texts(self, ids): return self.clip.get_text_features(input_ids=ids).pooler_output
 
-# %% ../../nbs/16_pickscore.ipynb #6bda5c97
+# %% ../../nbs/16_pickscore.ipynb #06539766
 def load_pickscore(scale='small', # 'small': shipped with this package; 'full': yuvalkirstain/PickScore_v1
                    device=None,   # as in `pick_device`
                    dtype=None     # as in `pick_dtype`; by default half precision for the full one on a GPU
