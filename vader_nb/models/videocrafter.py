@@ -7,7 +7,7 @@ __all__ = ['SCHEDULE', 'UNUSED', 'FULL_VAE', 'FULL_TEXT', 'scale_table', 'add_sc
            'OpenClipText', 'VideoCrafter', 'vae_key', 'layout', 'full_parts', 'looks_like', 'check_names',
            'read_checkpoint', 'open_videocrafter', 'open_small', 'load_videocrafter']
 
-# %% ../../nbs/08b_videocrafter.ipynb #e5685f54
+# %% ../../nbs/08b_videocrafter.ipynb #fd671ad7
 import re, zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..video_model import VideoModel, check_size
 from .modelscope import ModelScope, load_modelscope
 from ..zoo import model_path
 
-# %% ../../nbs/08b_videocrafter.ipynb #d1184fa3
+# %% ../../nbs/08b_videocrafter.ipynb #7d520ded
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,
                 set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
 
@@ -33,7 +33,7 @@ def scale_table(
     "The share of the clean latents that is left before noise is mixed in, s_t."
     return torch.cat([torch.linspace(1, floor, until), torch.full((n - until,), floor)])
 
-# %% ../../nbs/08b_videocrafter.ipynb #84e5ad9b
+# %% ../../nbs/08b_videocrafter.ipynb #faa67d62
 def add_scaled_noise(
     x0: Tensor,   # (b, ...) clean latents
     eps: Tensor,  # noise of the same shape
@@ -43,7 +43,7 @@ def add_scaled_noise(
     "Equation 1 with VideoCrafter2's rescaling: what its network was trained on."
     return add_noise(per_sample(scale, t, x0) * x0, eps, per_sample(abar, t, x0))
 
-# %% ../../nbs/08b_videocrafter.ipynb #6af9b7d2
+# %% ../../nbs/08b_videocrafter.ipynb #08660b36
 @dataclass
 class ScaledDDIM(DDIM):
     "DDIM on a schedule with dynamic rescaling."
@@ -56,7 +56,7 @@ class ScaledDDIM(DDIM):
         step = ddim_step(self.scale_prev[i] * x0, eps, self.a[i], self.a_prev[i], self.eta, noise)
         return replace(step, x0=x0)
 
-# %% ../../nbs/08b_videocrafter.ipynb #f3e0179c
+# %% ../../nbs/08b_videocrafter.ipynb #6c736438
 def scaled_ddim(
     steps,       # T, 2 to 500
     eta=0.,      # share of fresh noise, 0 to 1
@@ -70,7 +70,7 @@ def scaled_ddim(
     before, after = [table[t].tolist() for table in (abar, scale)], [[*table[t[1:]].tolist(), table[0].item()] for table in (abar, scale)]
     return ScaledDDIM(t, before[0], after[0], eta=eta, scale=before[1], scale_prev=after[1])
 
-# %% ../../nbs/08b_videocrafter.ipynb #5c4aac82
+# %% ../../nbs/08b_videocrafter.ipynb #9caaa2f8
 class OpenClipText(nn.Module):
     "open_clip's text tower, read before its last block: texts -> (b, tokens, width)."
     def __init__(self,
@@ -93,7 +93,7 @@ class OpenClipText(nn.Module):
                                                normalize_intermediates=True, intermediates_only=True, output_fmt='NLC')
         return out['text_intermediates'][0]
 
-# %% ../../nbs/08b_videocrafter.ipynb #eb569185
+# %% ../../nbs/08b_videocrafter.ipynb #c77db646
 class VideoCrafter(VideoModel):
     "VideoCrafter2, at any size, behind the contract of `VideoModel`."
     name = 'videocrafter'
@@ -126,12 +126,12 @@ class VideoCrafter(VideoModel):
         "The UNet's noise estimate for `x`, in the number format of `x`."
         return self.denoiser(x.to(self.dtype), t, embeds.to(self.dtype), fps).to(x.dtype)
 
-    def sampler(self, steps, kind='ddim', eta=0.):
+    def sampler(self, steps, kind='ddim', eta=0., size=()):
         "DDIM with dynamic rescaling, see `scaled_ddim`; raises `VaderError` for another kind."
         check(kind == 'ddim', f'VideoCrafter samples with ddim, not {kind}: the others do not know its rescaled schedule')
         return scaled_ddim(steps, eta)
 
-# %% ../../nbs/08b_videocrafter.ipynb #52eec3df
+# %% ../../nbs/08b_videocrafter.ipynb #2a90c96d
 _VAE_NAMES = [(r'(down|up)_blocks', r'\1'), (r'\.resnets\.', '.block.'), (r'mid_block\.block\.0', 'mid.block_1'), (r'mid_block\.block\.1', 'mid.block_2'),
               (r'mid_block\.attentions\.0', 'mid.attn_1'), ('group_norm', 'norm'), (r'to_out\.0', 'proj_out'), (r'to_(q|k|v)', r'\1'),
               (r'(downsample|upsample)rs\.0', r'\1'), ('conv_norm_out', 'norm_out'), ('conv_shortcut', 'nin_shortcut')]
@@ -145,7 +145,7 @@ def vae_key(
     for new, old in _VAE_NAMES: key = re.sub(new, old, key)
     return key
 
-# %% ../../nbs/08b_videocrafter.ipynb #ccac7807
+# %% ../../nbs/08b_videocrafter.ipynb #ba02e690
 UNUSED = ['cond_stage_model.model.logit_scale', 'betas', 'alphas_cumprod', 'alphas_cumprod_prev', 'sqrt_alphas_cumprod', 'sqrt_one_minus_alphas_cumprod',
           'log_one_minus_alphas_cumprod', 'sqrt_recip_alphas_cumprod', 'sqrt_recipm1_alphas_cumprod', 'posterior_variance',
           'posterior_log_variance_clipped', 'posterior_mean_coef1', 'posterior_mean_coef2', 'scale_arr']  # tables that we compute ourselves
@@ -160,7 +160,7 @@ def layout(
     wide = lambda name, v: (*v.shape, 1, 1) if '.attn_1.' in name and v.ndim == 2 else tuple(v.shape)
     return {name(k): (net, k, wide(name(k), v)) for net, name in names.items() for k, v in net.state_dict().items()}
 
-# %% ../../nbs/08b_videocrafter.ipynb #dd18089c
+# %% ../../nbs/08b_videocrafter.ipynb #89fc8267
 FULL_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4,
                 layers_per_block=2, latent_channels=4, sample_size=512, scaling_factor=.18215)
 FULL_TEXT = dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24, output_dim=1024)
@@ -173,7 +173,7 @@ def full_parts():
     tower.attn_mask = torch.full((77, 77), -torch.inf).triu(1)  # no weight, so no checkpoint will bring it
     return unet, vae, tower
 
-# %% ../../nbs/08b_videocrafter.ipynb #921266f7
+# %% ../../nbs/08b_videocrafter.ipynb #ea21fbc8
 _SIGNS = {'lora_': 'a LoRA', 'temporal_transformer_blocks.': 'Stable Video Diffusion', 'transformer_in.': 'ModelScope', 'condition_embedder.': 'Wan',
           'framestride_embed': 'DynamiCrafter', 'image_proj_model': 'DynamiCrafter', 'spatial_blocks.': "Open-Sora's STDiT",
           'temopral_conv.': 'VideoCrafter, but of another version or incomplete', 'model.diffusion_model.': 'Stable Diffusion, for pictures',
@@ -196,7 +196,7 @@ def check_names(
     lists = [f'{len(v)} {what} ({", ".join(v[:3])})' for what, v in (('missing', missing), ('unknown', extra), ('of another shape', shape)) if v]
     check(not lists, f'{where} is not this VideoCrafter2: of its {len(have)} weights {", ".join(lists)}; it looks like {looks_like(have)}')
 
-# %% ../../nbs/08b_videocrafter.ipynb #5382b9cb
+# %% ../../nbs/08b_videocrafter.ipynb #d1dfbf4c
 def read_checkpoint(
     file,  # a `model.ckpt`
 ) -> dict:
@@ -208,7 +208,7 @@ def read_checkpoint(
     check(isinstance(state, dict), f'{file} has no state_dict: it is not the checkpoint of VideoCrafter2')
     return state
 
-# %% ../../nbs/08b_videocrafter.ipynb #e24e7871
+# %% ../../nbs/08b_videocrafter.ipynb #d30aca5c
 def open_videocrafter(
     file,                          # laid out as the published `model.ckpt`
     unet, vae, tower,              # the networks it belongs to, on the meta device or not
@@ -224,7 +224,7 @@ def open_videocrafter(
         net.to(device, dtype).eval()
     return VideoCrafter(unet, vae, OpenClipText(tower.requires_grad_(False)).eval(), **more)
 
-# %% ../../nbs/08b_videocrafter.ipynb #de14cb41
+# %% ../../nbs/08b_videocrafter.ipynb #21aaa855
 def open_small(
     folder,   # with config.json and model.safetensors
     device='cpu', dtype=torch.float32,
