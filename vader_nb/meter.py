@@ -6,7 +6,7 @@
 __all__ = ['DOWN', 'UP', 'Meter', 'put_down_to', 'allocator_peak', 'networks', 'own_all', 'labelled', 'Fused', 'fused_attention',
            'fused', 'meta_autocast', 'Reading', 'measure', 'to_meta', 'copy_model', 'with_margin']
 
-# %% ../nbs/11a_meter.ipynb #6f6b56e9
+# %% ../nbs/11a_meter.ipynb #4babe9e4
 import copy, weakref
 from collections import Counter
 from contextlib import contextmanager, ExitStack
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .core import check
 
-# %% ../nbs/11a_meter.ipynb #0c8a8c63
+# %% ../nbs/11a_meter.ipynb #f8496601
 class Meter(TorchDispatchMode):
     "Watches the tensors of one kind of device: bytes alive, their peak, and who made them. Tensors that are there already must be named by `own`."
     active = None  # the meter that is watching at the moment
@@ -77,7 +77,7 @@ def put_down_to(part):
     try: yield
     finally: meter.part = was
 
-# %% ../nbs/11a_meter.ipynb #90961943
+# %% ../nbs/11a_meter.ipynb #4352ca25
 def allocator_peak(fn # a function without arguments
                    ):
     "Peak of the bytes that `fn()` gets from torch's CPU allocator, from the allocator's own log."
@@ -88,7 +88,7 @@ def allocator_peak(fn # a function without arguments
     for e in sorted(events, key=lambda e: e.start_ns()): peak = max(peak, now := now + e.nbytes())
     return peak
 
-# %% ../nbs/11a_meter.ipynb #110c5e9a
+# %% ../nbs/11a_meter.ipynb #ec2c9889
 def networks(model # a `VideoModel`
              ):
     "All networks that a video model holds, by name."
@@ -103,7 +103,7 @@ def own_all(meter, model, reward=None, optimizer=None):
     meter.own([*learn, *(p.grad for p in learn if p.grad is not None)], 'learning')
     if optimizer: meter.own((v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)), 'learning')
 
-# %% ../nbs/11a_meter.ipynb #5be32fef
+# %% ../nbs/11a_meter.ipynb #98909584
 @contextmanager
 def labelled(meter,      # a `Meter`
              model,      # a `VideoModel`
@@ -124,7 +124,7 @@ def labelled(meter,      # a `Meter`
         if reward is not None: stack.enter_context(patch.object(reward, 'parts', part('reward', 'decoder', reward.parts)))
         yield meter
 
-# %% ../nbs/11a_meter.ipynb #22fd99d5
+# %% ../nbs/11a_meter.ipynb #1b4f0e05
 def _like_the_kernel(x, width):
     "An empty tensor for a result (b, heads, tokens, width), which fused kernels lay out token by token: no copy is needed to join the heads."
     if x.dim() != 4: return x.new_empty(*x.shape[:-1], width)
@@ -159,7 +159,7 @@ def fused():
     "A context inside which attention needs the memory that a fused kernel of a GPU needs."
     return patch.object(F, 'scaled_dot_product_attention', fused_attention)
 
-# %% ../nbs/11a_meter.ipynb #98b8d3bb
+# %% ../nbs/11a_meter.ipynb #b58ef2a8
 DOWN = [(F, n) for n in 'linear conv1d conv2d conv3d'.split()] + [(torch, n) for n in 'matmul bmm baddbmm'.split()]
 UP = [(F, n) for n in 'group_norm layer_norm softmax'.split()]
 
@@ -181,7 +181,7 @@ def meta_autocast(dtype # float16 or bfloat16; float32: nothing happens
                 stack.enter_context(patch.object(where, name, _casting(getattr(where, name), to)))
         yield
 
-# %% ../nbs/11a_meter.ipynb #9bf89767
+# %% ../nbs/11a_meter.ipynb #be0562a8
 @dataclass
 class Reading:
     "What one training step needed."
@@ -206,7 +206,7 @@ def measure(step,                # function without arguments: forward, backward
         step()
     return Reading(meter.peak, {k: v for k, v in meter.worst.items() if v}, dict(meter.flops), meter.forward, meter.moved)
 
-# %% ../nbs/11a_meter.ipynb #fd51d346
+# %% ../nbs/11a_meter.ipynb #2b0158fc
 def to_meta(model # a `VideoModel`
             ):
     "A copy of a video model without any numbers."
@@ -221,7 +221,7 @@ def copy_model(model):
     for name, net in networks(model).items(): setattr(twin, name, copy.deepcopy(net))
     return twin
 
-# %% ../nbs/11a_meter.ipynb #4e300bb5
+# %% ../nbs/11a_meter.ipynb #b1170648
 def with_margin(peak # bytes alive at the worst moment
                 ):
     "Bytes that a card should have for a step: 15% for holes between blocks, 1.5 GiB for the CUDA context and workspaces."
