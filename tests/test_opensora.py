@@ -396,8 +396,8 @@ def damage(folder, case):
     if case == 'another': save_file(load_file(folder/'vae/model.safetensors'), file)
 
 
-@pytest.mark.parametrize('case, told', [('truncated', 'damaged'), ('no file', 'no safetensors'), ('no config', 'config.json'), ('missing', '3 missing: final_layer.scale_shift_table, final_layer.linear.weight'),
-                                        ('unknown', '1 unknown: more'), ('reshaped', '1 reshaped: final_layer.linear.bias'), ('another', 'looks like Open-Sora VAE')])
+@pytest.mark.parametrize('case, told', [('truncated', 'damaged'), ('no file', 'no safetensors'), ('no config', 'config.json'), ('missing', '3 missing .final_layer.linear.bias, final_layer.linear.weight'),
+                                        ('unknown', '1 unknown .more'), ('reshaped', '1 of another shape .final_layer.linear.bias'), ('another', "looks like Open-Sora's VAE")])
 def test_damaged_checkpoints(folders, case, told):
     damage(folders, case)
     with pytest.raises(VaderError, match=told) as e: open_stdit3(folders/'stdit')

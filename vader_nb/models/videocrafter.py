@@ -175,7 +175,7 @@ def full_parts():
 
 # %% ../../nbs/08b_videocrafter.ipynb #ea21fbc8
 _SIGNS = {'lora_': 'a LoRA', 'temporal_transformer_blocks.': 'Stable Video Diffusion', 'transformer_in.': 'ModelScope', 'condition_embedder.': 'Wan',
-          'framestride_embed': 'DynamiCrafter', 'image_proj_model': 'DynamiCrafter', 'spatial_blocks.': "Open-Sora's STDiT",
+          'framestride_embed': 'DynamiCrafter', 'image_proj_model': 'DynamiCrafter', 'spatial_blocks.': "Open-Sora's STDiT", 'temporal_vae.': "Open-Sora's VAE", 'encoder.block.': 'T5', 'module.backbone.': 'V-JEPA',
           'temopral_conv.': 'VideoCrafter, but of another version or incomplete', 'model.diffusion_model.': 'Stable Diffusion, for pictures',
           'visual.transformer.': 'an open_clip model', 'text_model.': 'CLIP'}
 
@@ -189,12 +189,13 @@ def check_names(
     want: dict,  # name -> shape
     have: dict,  # name -> shape
     where,       # the file, for the error
+    what='VideoCrafter2',
 ):
     "Raise `VaderError` unless both are the same."
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     shape = [f'{k} {have[k]} instead of {want[k]}' for k in want if k in have and have[k] != want[k]]
     lists = [f'{len(v)} {what} ({", ".join(v[:3])})' for what, v in (('missing', missing), ('unknown', extra), ('of another shape', shape)) if v]
-    check(not lists, f'{where} is not this VideoCrafter2: of its {len(have)} weights {", ".join(lists)}; it looks like {looks_like(have)}')
+    check(not lists, f'{where} is not this {what}: of its {len(have)} weights {", ".join(lists)}; it looks like {looks_like(have)}')
 
 # %% ../../nbs/08b_videocrafter.ipynb #d1dfbf4c
 def read_checkpoint(
