@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT', 'make_lvdm', 'change_speed', 'lvdm_loss', 'publish', 'measure', 'main']
 
-# %% ../../nbs/zoo/11_videocrafter.ipynb #fcee0f44
+# %% ../../nbs/zoo/11_videocrafter.ipynb #1cc4f782
 from pathlib import Path
 import torch
 from ..core import atomic_path, read_json, write_json
@@ -16,12 +16,12 @@ from ..samplers import schedule
 from .loop import options, pretrain, write_card
 from .modelscope import HATS, Batches, quality
 
-# %% ../../nbs/zoo/11_videocrafter.ipynb #b4d12270
+# %% ../../nbs/zoo/11_videocrafter.ipynb #580db6f1
 def make_lvdm():
     "The small `LVDM`, of the small ModelScope's sizes."
     return LVDM(32, (1, 2), blocks=1, attend=1, head_width=8, context=64, groups=4)
 
-# %% ../../nbs/zoo/11_videocrafter.ipynb #bd5e6e00
+# %% ../../nbs/zoo/11_videocrafter.ipynb #edf4e219
 def change_speed(
     x0,  # (b, c, 8, h, w) latents at 8 frames a second
     g,   # `torch.Generator`
@@ -31,7 +31,7 @@ def change_speed(
     if kind < 2: return x0[:, :, ::2], 4
     return (x0[:, :, 2:6], 8) if kind == 2 else (x0, 8)
 
-# %% ../../nbs/zoo/11_videocrafter.ipynb #7104d2ec
+# %% ../../nbs/zoo/11_videocrafter.ipynb #81e13cb5
 def lvdm_loss(net, batches,  # network and `Batches`
               g,             # `torch.Generator`
               abar=schedule(SCHEDULE), scale=scale_table()):
@@ -43,7 +43,7 @@ def lvdm_loss(net, batches,  # network and `Batches`
     snr = scale[t]**2 * abar[t] / (1 - abar[t])
     return (err * snr.clamp(max=5) / snr).mean() * 2, dict(mse=err.detach().mean(), size=8 * x0.shape[-1], fps=fps)
 
-# %% ../../nbs/zoo/11_videocrafter.ipynb #48e9bb6d
+# %% ../../nbs/zoo/11_videocrafter.ipynb #7794d693
 ABOUT = ("An `LVDM`, VideoCrafter2's network, that draws dull clips of the small world from noisy captions; VAE and text tower are the small ModelScope's, "
          "from whose denoiser its weights were carried over.")
 
