@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT', 'pool', 'pan', 'batch', 'follow', 'variety', 'vjepa_loss', 'ranking', 'main']
 
-# %% ../../nbs/zoo/10_vjepa.ipynb #cf2485be
+# %% ../../nbs/zoo/10_vjepa.ipynb #478e0dc8
 import torch
 import torch.nn.functional as F
 from ..core import atomic_path, generator
@@ -15,7 +15,7 @@ from ..reward import freeze
 from ..rewards.vjepa import DISTURBANCES, VJepaReward, disturbed, vjepa_view
 from ..world import draw, scenes
 
-# %% ../../nbs/zoo/10_vjepa.ipynb #6c75f8ef
+# %% ../../nbs/zoo/10_vjepa.ipynb #b1ba4dc5
 def pool(n,        # clips
          seed=0,
          piece=50  # drawn at once
@@ -50,7 +50,7 @@ def batch(clips, g, # bytes as from `pool`, `torch.Generator`
     flip = torch.rand(n, generator=g) < .5
     return vjepa_view(torch.where(flip.view(-1, 1, 1, 1, 1), moved.flip(-1), moved), 64)
 
-# %% ../../nbs/zoo/10_vjepa.ipynb #5c0e10ab
+# %% ../../nbs/zoo/10_vjepa.ipynb #3dcd8925
 @torch.no_grad()
 def follow(net,  # `VJepa`
            keep  # share of itself that the target encoder keeps
@@ -83,7 +83,7 @@ def vjepa_loss(net, x, # `VJepa`, clips as from `batch`
     constant = (target - target.median(0).values).abs().mean()
     return error + lack, dict(error=error.detach(), lack=lack.detach(), constant=constant, spread=target.std(0).mean(), motion=by_time.std(1).mean())
 
-# %% ../../nbs/zoo/10_vjepa.ipynb #267ea9d4
+# %% ../../nbs/zoo/10_vjepa.ipynb #82bd2425
 @torch.no_grad()
 def ranking(reward, n=100, seed=1_000_003, piece=20):
     "Share of held-out clips that score above their disturbed version."

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'VITL16', 'DISTURBANCES', 'imagenet_normalise', 'windows', 'vjepa_view',
            'VJepaReward', 'VJepa2', 'load_vjepa', 'disturbed']
 
-# %% ../../nbs/19b_vjepa.ipynb #45e3679b
+# %% ../../nbs/19b_vjepa.ipynb #fc93c687
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .aesthetic import center_crop, resize_shorter
 from ..world import ANIMALS, draw, scenes, spoil
 from ..zoo import model_path
 
-# %% ../../nbs/19b_vjepa.ipynb #f3eaeea9
+# %% ../../nbs/19b_vjepa.ipynb #1130a70a
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
 def imagenet_normalise(frames # (n, 3, h, w) in [0, 1]
@@ -46,7 +46,7 @@ def vjepa_view(video, # (b, f, 3, h, w) in [0, 1]
     x = center_crop(resize_shorter(to_frames(video).float(), size), size)
     return imagenet_normalise(x).unflatten(0, video.shape[:2]).transpose(1, 2)
 
-# %% ../../nbs/19b_vjepa.ipynb #7165600d
+# %% ../../nbs/19b_vjepa.ipynb #ba884fd7
 class VJepaReward(Reward):
     "Minus V-JEPA's loss: how well the hidden parts of a clip follow from the visible ones; 0 is perfect, about -0.8 no better than chance."
     name, wants = 'vjepa', 'clip'
@@ -72,7 +72,7 @@ class VJepaReward(Reward):
         error = masked_error(self.net, x, self.masks(generator, x.device), target if self.through_target else target.detach())
         return -error.unflatten(0, pieces.shape[:2]).mean(1)
 
-# %% ../../nbs/19b_vjepa.ipynb #00c5f894
+# %% ../../nbs/19b_vjepa.ipynb #13cfb410
 class VJepa2(nn.Module):
     "`VJEPA2Model` of transformers with the methods of `VJepa`; one encoder does for context and target."
     def __init__(self,
@@ -97,7 +97,7 @@ class VJepa2(nn.Module):
         context = torch.zeros_like(every).index_copy(1, visible, self.model.encoder.layernorm(x))
         return self.model.predictor(context, [seen], [asked]).last_hidden_state
 
-# %% ../../nbs/19b_vjepa.ipynb #829f20ad
+# %% ../../nbs/19b_vjepa.ipynb #5a10d0d9
 VITL16 = 'https://dl.fbaipublicfiles.com/jepa/vitl16/vitl16.pth.tar'   # V-JEPA 1 is not on the hub
 
 def _published_file():
@@ -129,7 +129,7 @@ def load_vjepa(scale='small', # 'small': shipped with this package; 'full': the 
     else: net = load_vjepa_net(path or (_published_file() if scale == 'full' else model_path('vjepa')))
     return VJepaReward(net.to(device, dtype), **options).to(device)
 
-# %% ../../nbs/19b_vjepa.ipynb #8ffb0805
+# %% ../../nbs/19b_vjepa.ipynb #bf364364
 DISTURBANCES = ['shuffled', 'morphing', 'jittered', 'warped', 'cross-faded', 'frozen']
 
 def disturbed(kind,  # one of `DISTURBANCES`
