@@ -6,7 +6,7 @@
 __all__ = ['PROMPT', 'BASES', 'REWARDS', 'weightless', 'remembering', 'modelscope', 'videocrafter', 'BlindOpenSora', 'opensora',
            'SVD', 'svd', 'aesthetic', 'hps', 'vjepa', 'Base', 'find', 'video_of', 'ready', 'simulate']
 
-# %% ../nbs/25a_fullsize.ipynb #71027659
+# %% ../nbs/25a_fullsize.ipynb #a1c1253d
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ from .rollout import differentiable_latents
 from .tricks import use_tricks
 from .video_model import Condition, VideoModel
 
-# %% ../nbs/25a_fullsize.ipynb #72b609c9
+# %% ../nbs/25a_fullsize.ipynb #154e93cc
 PROMPT = 'a prompt that has been read before'
 
 @contextmanager
@@ -48,7 +48,7 @@ def remembering(model, *shape):
     model.cache = {p: torch.empty(shape, device='meta') for p in (PROMPT, '')}
     return model
 
-# %% ../nbs/25a_fullsize.ipynb #84063684
+# %% ../nbs/25a_fullsize.ipynb #7cdb3445
 def modelscope():
     "ModelScope; its text encoder is OpenCLIP ViT-H."
     from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
@@ -62,7 +62,7 @@ def videocrafter():
     unet, vae, tower = full_parts()
     return remembering(VideoCrafter(unet.eval(), vae.eval(), OpenClipText(tower).requires_grad_(False), (12, 320, 512)), 77, 1024)
 
-# %% ../nbs/25a_fullsize.ipynb #7945d171
+# %% ../nbs/25a_fullsize.ipynb #668f71f0
 class BlindOpenSora(OpenSora):
     "Open-Sora whose captions are of full length."
     def encode(self, prompts, frames=None, height=None, width=None, generator=None):
@@ -77,7 +77,7 @@ def opensora():
     text = T5EncoderModel(T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj='gated-gelu'))
     return remembering(BlindOpenSora(STDiT3().eval(), OpenSoraVAE().eval(), text.eval(), None), 300, 4096)
 
-# %% ../nbs/25a_fullsize.ipynb #3d63338c
+# %% ../nbs/25a_fullsize.ipynb #4985e6be
 class SVD(VideoModel):
     "Stable Video Diffusion on meta."
     name, native_size, chunk = 'svd', (14, 320, 576), 2
@@ -107,7 +107,7 @@ def svd():
     "Stable Video Diffusion."
     return remembering(SVD(), 1, 1024)
 
-# %% ../nbs/25a_fullsize.ipynb #d284342f
+# %% ../nbs/25a_fullsize.ipynb #cf5553d1
 def aesthetic():
     "The image half of CLIP ViT-L/14, and the head."
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -125,7 +125,7 @@ def vjepa():
     "V-JEPA's ViT-L/16, twice (context and target), and its predictor; it wants every frame."
     return VJepaReward(VJepa(VJepaConfig()).to(torch.get_default_dtype()))
 
-# %% ../nbs/25a_fullsize.ipynb #41b49b5d
+# %% ../nbs/25a_fullsize.ipynb #56619c96
 @dataclass(frozen=True)
 class Base:
     "A base model at full size."
@@ -144,7 +144,7 @@ def find(table, what, name):
     check(name in table, f'unknown {what} {name!r}: use one of {", ".join(table)}')
     return table[name]
 
-# %% ../nbs/25a_fullsize.ipynb #c73b2912
+# %% ../nbs/25a_fullsize.ipynb #7ca811dc
 def video_of(model, config, rounds):
     "The decoded frames of a clip, or of several clips that go on from each other."
     g, cond, c = generator(0), model.encode([PROMPT], config.frames, config.height, config.width), config
