@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'flow_ratio', 'flow_sampler', 'clean_text', 'OpenSora', 'drop_text_encoder', 'read_embeddings', 'fill',
            'read_state', 'configured', 'open_stdit3', 'open_vae', 'open_text', 'open_opensora', 'load_opensora']
 
-# %% ../../nbs/09c_opensora.ipynb #95a0eeb8
+# %% ../../nbs/09c_opensora.ipynb #3c5be077
 from pathlib import Path
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from ..samplers import RFlow
 from ..video_model import Condition, VideoModel, check_frames, check_prompts
 from ..zoo import model_path
 
-# %% ../../nbs/09c_opensora.ipynb #c491a7a8
+# %% ../../nbs/09c_opensora.ipynb #81efb4ab
 def flow_ratio(
     frames, height, width,  # of the clip: numbers, or tensors whose precision is kept
     base=512,               # side of the square at which r does not depend on the size
@@ -35,7 +35,7 @@ def flow_sampler(
     sigmas = [r * s / (1 + (r - 1) * s) for s in (1 - i / steps for i in range(steps))]
     return RFlow(1000 * torch.tensor(sigmas), [*sigmas, 0.])
 
-# %% ../../nbs/09c_opensora.ipynb #bee416c1
+# %% ../../nbs/09c_opensora.ipynb #ce03e924
 def clean_text(
     text: str,
 ) -> str:
@@ -46,7 +46,7 @@ def clean_text(
     pipe = PixArtAlphaPipeline.__new__(PixArtAlphaPipeline)  # only for its method, which needs no networks
     return pipe._clean_caption(pipe._clean_caption(text))
 
-# %% ../../nbs/09c_opensora.ipynb #efdc0c55
+# %% ../../nbs/09c_opensora.ipynb #40e875ef
 class OpenSora(VideoModel):
     "Open-Sora 1.2, at any size: STDiT3, the spatio-temporal VAE and a text encoder behind the contract of `VideoModel`."
     name = 'opensora'
@@ -105,7 +105,7 @@ class OpenSora(VideoModel):
         check(isinstance(steps, int) and steps > 0, f'steps is {steps!r}; it must be a whole number from 1')
         return flow_sampler(steps, flow_ratio(*self.size(*size), self.base))
 
-# %% ../../nbs/09c_opensora.ipynb #b031d753
+# %% ../../nbs/09c_opensora.ipynb #c9e0bff3
 def drop_text_encoder(
     model,      # an `OpenSora`
     prompts,    # all that will ever be asked for
@@ -130,7 +130,7 @@ def read_embeddings(
     check(all(v.shape == model.empty.shape for v in known.values()), f'the embeddings in {file} are another text encoder\'s: {model.name} needs {tuple(model.empty.shape)} each')
     model.cache.update(known)
 
-# %% ../../nbs/09c_opensora.ipynb #f18ec14e
+# %% ../../nbs/09c_opensora.ipynb #fbbe5f2a
 def fill(
     net: nn.Module,
     state: dict,  # name -> tensor
@@ -142,7 +142,7 @@ def fill(
     net.load_state_dict(state, assign=True)
     return net.eval()
 
-# %% ../../nbs/09c_opensora.ipynb #0e6d42eb
+# %% ../../nbs/09c_opensora.ipynb #e7faec5d
 def read_state(
     folder,  # with one or several safetensors files
 ) -> dict:
@@ -168,7 +168,7 @@ def open_stdit3(folder) -> STDiT3:
     "The denoiser in `folder`; raises `VaderError` if it is not whole."
     return fill(configured(STDiT3, folder), read_state(folder), folder)
 
-# %% ../../nbs/09c_opensora.ipynb #36b445b7
+# %% ../../nbs/09c_opensora.ipynb #762b195d
 def open_vae(
     folder,           # with both stages, or with the temporal one
     image_vae=None,   # folder of the first stage, where `folder` has only the second
@@ -180,7 +180,7 @@ def open_vae(
     state = {f'spatial_vae.module.{k}': v for k, v in first.state_dict().items()}
     return fill(configured(OpenSoraVAE, folder, vae_2d=dict(first.config)), state | read_state(folder), folder)
 
-# %% ../../nbs/09c_opensora.ipynb #4866ea12
+# %% ../../nbs/09c_opensora.ipynb #f53fa9dc
 def open_text(
     folder,        # of a T5 or a CLIP
     words,         # the longest caption, in tokens
@@ -195,7 +195,7 @@ def open_text(
     check(not info['missing_keys'], f'{folder} is not a whole {type(net).__name__}: {len(info["missing_keys"])} weights are missing, such as {sorted(info["missing_keys"])[:1]}')
     return net.eval(), read_part(AutoTokenizer, folder, model_max_length=words)
 
-# %% ../../nbs/09c_opensora.ipynb #0bade54a
+# %% ../../nbs/09c_opensora.ipynb #00d834cc
 def open_opensora(
     denoiser, vae, text,   # folders; without `text` the model needs embeddings
     device='cpu',
