@@ -299,9 +299,6 @@ def test_the_full_scale_reads_the_published_file(monkeypatch, checkpoint):
     assert (model.native_size, model.fps, model.dtype) == ((16, 320, 512), 24, torch.float32)
 
 
-shipped = Path(videocrafter.__file__).parent.parent/'checkpoints/videocrafter'
-
-@pytest.mark.skipif(not shipped.exists(), reason='the small VideoCrafter is not there yet')
 def test_the_small_one_samples():
     model = load_videocrafter('small', 'cpu')
     video = sample(model, ['a panda riding a bike'], steps=2)
