@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIES', 'ABOUT', 'votes', 'pick_scores', 'pick_loss', 'main']
 
-# %% ../../nbs/zoo/07_pickscore.ipynb #84125942
+# %% ../../nbs/zoo/07_pickscore.ipynb #129002cf
 import torch, torch.nn.functional as F
 from ..core import atomic_path
 from ..rewards.aesthetic import clip_normalise
@@ -13,7 +13,7 @@ from ..rewards.hps import token_ids
 from .hps import pair_scores, preference_loss, preferences, quality, sources
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/07_pickscore.ipynb #d9a4f726
+# %% ../../nbs/zoo/07_pickscore.ipynb #ebfa7325
 TIES = 1 / 7
 
 def votes(better, worse, # pictures (n, 3, h, w) each
@@ -25,7 +25,7 @@ def votes(better, worse, # pictures (n, 3, h, w) each
     first, second = [torch.where(swap.view(-1, 1, 1, 1), *o) for o in ((worse, better), (better, worse))]
     return first, second, torch.stack([share, 1 - share], 1)
 
-# %% ../../nbs/zoo/07_pickscore.ipynb #8412770c
+# %% ../../nbs/zoo/07_pickscore.ipynb #daf76c26
 def pick_scores(clip, ids, first, second): # `CLIPModel`, token numbers (n, tokens), two pictures each
     "Scores (n, 2)."
     images = clip.get_image_features(pixel_values=clip_normalise(torch.cat([first, second]))).pooler_output
@@ -41,7 +41,7 @@ def pick_loss(clip, tok, vae, g, # networks, tokenizer, `torch.Generator`
     sure = share[:, 0] != .5
     return preference_loss(s, share), dict(accuracy=(s.argmax(1) == share.argmax(1))[sure].float().mean())
 
-# %% ../../nbs/zoo/07_pickscore.ipynb #530d9261
+# %% ../../nbs/zoo/07_pickscore.ipynb #29f56438
 ABOUT = 'A `CLIPModel` tuned on votes between pictures of the small world, undecided ones among them.'
 
 def _publish(clip, tok, vae, step, a):
