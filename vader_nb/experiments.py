@@ -148,7 +148,7 @@ EXPERIMENTS = {
     'modelscope-aesthetic': Experiment('Figures 6 and 7, Table 1', 'ModelScope learns to please the aesthetic predictor', load_modelscope, load_aesthetic,
                                        action_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-action': Experiment('Figures 7 and 8, Table 1', 'ModelScope learns to do what the prompt says', load_modelscope, load_action,
-                                    label_prompts, dict(eval_every=10, lr=4e-3, K=11), modelscope_full),
+                                    label_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-remove-book': Experiment('Figure 5', 'ModelScope learns to leave out the book that it is asked for', load_modelscope, load_objects,
                                          book_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-hps': Experiment('Figures 6 and 7, Tables 1 and 2', 'ModelScope learns to draw what the prompt asks, hats included', load_modelscope, load_hps,
