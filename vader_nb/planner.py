@@ -110,11 +110,12 @@ def ladder(base='modelscope', reward='hps'):
 SIZES = [('modelscope', 16, 256, 256, 1), ('modelscope', 16, 384, 384, 1), ('videocrafter', 12, 320, 512, 1), ('opensora', 51, 240, 426, 1), ('opensora', 51, 360, 640, 1),
          ('svd', 14, 320, 576, 1), ('svd', 14, 576, 1024, 1), ('svd', 14, 320, 576, 3), ('svd', 14, 576, 1024, 3)]
 
-def survey(words,          # one of `SETS`
-           rewards=REWARDS # names
+def survey(words,           # one of `SETS`
+           rewards=REWARDS, # names
+           sizes=None       # some of `SIZES`; all by default
            ):
     "Every base of the paper, at every size, with every reward, under the given tricks: yields what was asked and its `Reading`."
-    for base, f, h, w, rounds in SIZES:
+    for base, f, h, w, rounds in sizes or SIZES:
         known = dict(zip(SETS, sets_for(base)))[words]
         for reward in rewards:
             n = max(f, 16) if (reward, rounds) == ('vjepa', 1) else f  # V-JEPA reads 16 frames
@@ -123,7 +124,7 @@ def survey(words,          # one of `SETS`
 def record_ladder(folder # receives ladder.json
                   ):
     "Simulate all that the pictures of this notebook show, and write it down; takes some ten minutes."
-    rows = dict(ladder=ladder(), moderate=survey(SETS[3], ['hps']), frugal=survey(SETS[5]))
+    rows = dict(ladder=ladder(), moderate=survey(SETS[3], ['hps'], SIZES[:7]), frugal=survey(SETS[5]))
     write_json(Path(folder)/'ladder.json', {k: [[name, asdict(r)] for name, r in v] for k, v in rows.items()})
 
 # %% ../nbs/25b_planner.ipynb #817d2b80
