@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT', 'make_depth', 'depths', 'depth_loss', 'quality', 'main']
 
-# %% ../../nbs/zoo/15_depth.ipynb #06628396
+# %% ../../nbs/zoo/15_depth.ipynb #39183c24
 import torch
 from ..core import atomic_path, generator
 from .loop import options, pretrain, write_card
@@ -13,7 +13,7 @@ from ..rewards.depth import correlation, world_depth
 from ..rewards.vjepa import imagenet_normalise
 from ..world import SPOILS, scenes, spoil, spoil_some
 
-# %% ../../nbs/zoo/15_depth.ipynb #233e9c26
+# %% ../../nbs/zoo/15_depth.ipynb #91a0e906
 def make_depth():
     "The small `DepthAnythingForDepthEstimation`."
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
@@ -22,7 +22,7 @@ def make_depth():
     return DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone, patch_size=8, reassemble_hidden_size=64,
         neck_hidden_sizes=[16, 24, 32, 48], fusion_hidden_size=32, head_hidden_size=16))
 
-# %% ../../nbs/zoo/15_depth.ipynb #823f667b
+# %% ../../nbs/zoo/15_depth.ipynb #dd504605
 def depths(g, # `torch.Generator`
            n=32):
     "Frames (n, 3, 64, 64), a third of them spoiled, and their true inverse depths (n, 64, 64)."
@@ -34,7 +34,7 @@ def depths(g, # `torch.Generator`
     x, depth = [torch.where(flip, v.flip(-1), v)[:, 0] for v in (x, depth)]
     return x, depth[:, 0]
 
-# %% ../../nbs/zoo/15_depth.ipynb #c1314d06
+# %% ../../nbs/zoo/15_depth.ipynb #58f93c01
 def depth_loss(net, g):
     "Mean absolute error of a random batch, and the correlation that the reward will look at."
     x, depth = depths(g)
