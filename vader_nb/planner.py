@@ -6,7 +6,7 @@
 __all__ = ['SETS', 'NAMES', 'RUNGS', 'SIZES', 'config_for', 'cache_folder', 'cached', 'sets_for', 'Plan', 'plan', 'arithmetic',
            'describe', 'ladder', 'survey', 'record_ladder', 'panel']
 
-# %% ../nbs/25b_planner.ipynb #7f4f20ad
+# %% ../nbs/25b_planner.ipynb #dac2af3c
 import hashlib, json, os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from .fullsize import BASES, REWARDS, find, simulate
 from .meter import Reading, with_margin
 from .train import Config
 
-# %% ../nbs/25b_planner.ipynb #d1ea24d6
+# %% ../nbs/25b_planner.ipynb #81d6f036
 def config_for(base, reward, frames=None, height=None, width=None, K=1, **more):
     "The settings of a step: the base's own size unless another is asked for; one decoded frame, or all for a reward that wants the clip."
     b = find(BASES, 'base', base)
@@ -27,7 +27,7 @@ def config_for(base, reward, frames=None, height=None, width=None, K=1, **more):
     return Config(**dict(frames=f, height=h, width=w, K=K, T=max(K, 2), where='last', decode=f if reward == 'vjepa' else 1,
                          rank=16, alpha=16., guidance=b.guidance, precision=b.precision) | more)
 
-# %% ../nbs/25b_planner.ipynb #0c3f18eb
+# %% ../nbs/25b_planner.ipynb #7b594fdb
 def cache_folder():
     "Where results wait to be used again."
     return Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'vader_nb'/'memory'
@@ -40,7 +40,7 @@ def cached(base, reward, config, words='', rounds=1, lora=True): # as `simulate`
     if not path.exists(): write_json(path, asdict(simulate(base, reward, config, words, rounds, lora)))
     return Reading(**read_json(path))
 
-# %% ../nbs/25b_planner.ipynb #94d7d111
+# %% ../nbs/25b_planner.ipynb #a01a7f79
 SETS = ['', 'park', 'layers park', 'layers slices passes park', 'layers slices passes turns', 'layers slices passes turns offload']
 
 def sets_for(base):
@@ -73,7 +73,7 @@ def plan(base, reward, config, # as `simulate`
         else: low = mid + 1
     return look(low)
 
-# %% ../nbs/25b_planner.ipynb #fef703cf
+# %% ../nbs/25b_planner.ipynb #701477b5
 NAMES = dict(weights='frozen weights', learning='LoRA and optimizer', denoiser='activations, denoiser', decoder='activations, decoder', reward='activations, reward', other='else')
 
 def arithmetic(reading,
@@ -95,7 +95,7 @@ def describe(base, reward, config, plan, rounds=1):
     if not plan.fits: lines += ['what would help: fewer frames, a smaller size, a reward of single frames, or a larger card']
     return '\n'.join(lines)
 
-# %% ../nbs/25b_planner.ipynb #46581b33
+# %% ../nbs/25b_planner.ipynb #104ed085
 RUNGS = [('LoRA, two steps, float32', dict(K=2, precision='fp32'), ''), ('half precision', dict(K=2), ''), ('one step (K = 1)', {}, ''), ('encoders parked', {}, 'park'),
          ('layers recomputed', {}, 'layers park'), ('one decoded frame', dict(decode=1), 'layers park'), ('guidance halves in turn', dict(decode=1), 'layers slices passes park'),
          ('networks take turns', dict(decode=1), 'layers slices passes turns'), ('saved tensors offloaded', dict(decode=1), 'layers slices passes turns offload')]
@@ -127,7 +127,7 @@ def record_ladder(folder # receives ladder.json
     rows = dict(ladder=ladder(), moderate=survey(SETS[3], ['hps'], SIZES[:7]), frugal=survey(SETS[5]))
     write_json(Path(folder)/'ladder.json', {k: [[name, asdict(r)] for name, r in v] for k, v in rows.items()})
 
-# %% ../nbs/25b_planner.ipynb #817d2b80
+# %% ../nbs/25b_planner.ipynb #49e5d5a6
 def panel():
     "A widget that plans; where widgets cannot run, the plan of a first question as text."
     import ipywidgets as W
