@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['world_depth', 'depth_view', 'correlation', 'near', 'Depth', 'load_depth']
 
-# %% ../../nbs/19d_depth.ipynb #7ae7e8d4
+# %% ../../nbs/19d_depth.ipynb #9686cf01
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +16,7 @@ from .vjepa import imagenet_normalise
 from ..world import draw
 from ..zoo import model_path
 
-# %% ../../nbs/19d_depth.ipynb #cd991136
+# %% ../../nbs/19d_depth.ipynb #1945932d
 def world_depth(s,          # n scenes
                 frames=8, height=64, width=64):
     "Clips (n, f, 3, h, w) of the scenes and the inverse depth of their pixels (n, f, 1, h, w): wall .1, floor up to .45, subjects .8."
@@ -25,7 +25,7 @@ def world_depth(s,          # n scenes
     ground = .1 + 1.75 * (y - .8).clamp(min=0).view(-1, 1)
     return video, torch.lerp(ground.expand_as(cover), torch.tensor(.8), cover)
 
-# %% ../../nbs/19d_depth.ipynb #78937211
+# %% ../../nbs/19d_depth.ipynb #da74172a
 def depth_view(frames, # (n, 3, h, w) in [0, 1]
                size,   # pixels that the side needing less change gets
                patch   # both sides become multiples of it
@@ -37,7 +37,7 @@ def depth_view(frames, # (n, 3, h, w) in [0, 1]
     x = frames.float() if new == [h, w] else F.interpolate(frames.float(), new, mode='bicubic', antialias=True, align_corners=False)
     return imagenet_normalise(x)
 
-# %% ../../nbs/19d_depth.ipynb #7551b4e6
+# %% ../../nbs/19d_depth.ipynb #956704b7
 def correlation(a, b # (n, h, w)
                 ):
     "Pearson's correlation over the pixels, (n,), in [-1, 1]."
@@ -78,7 +78,7 @@ class Depth(Reward):
         wish = F.interpolate(self.wish[None, None], d.shape[1:], mode='bilinear', antialias=True, align_corners=False)[0]
         return correlation(d, wish.expand_as(d))
 
-# %% ../../nbs/19d_depth.ipynb #f5307bde
+# %% ../../nbs/19d_depth.ipynb #ea842f47
 def load_depth(scale='small', # 'small': shipped with this package; 'full': depth-anything/Depth-Anything-V2-Small-hf
                wish=None,     # as for `Depth`
                device=None,   # as in `pick_device`
