@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resample', 'shorter_side', 'action_view', 'plain', 'near_classes', 'find_class', 'Action', 'load_action']
 
-# %% ../../nbs/18_action.ipynb #e56904b7
+# %% ../../nbs/18_action.ipynb #c722d2f4
 import re
 from difflib import SequenceMatcher
 
@@ -19,7 +19,7 @@ from .aesthetic import center_crop
 from .objects import imagenet_normalise
 from ..zoo import model_path
 
-# %% ../../nbs/18_action.ipynb #222c56b8
+# %% ../../nbs/18_action.ipynb #e3e45bf1
 def resample(video, # (b, f, c, h, w)
              frames # how many there should be
              ):
@@ -43,7 +43,7 @@ def action_view(video,       # (b, f, 3, h, w) in [0, 1], any size and length
     x = center_crop(shorter_side(to_frames(resample(video.float(), frames)), size), size)
     return from_frames(imagenet_normalise(x), len(video))
 
-# %% ../../nbs/18_action.ipynb #2861c657
+# %% ../../nbs/18_action.ipynb #53ddff2b
 def plain(text):
     "Lower-case words, one blank between them; what stands in brackets is left out."
     return ' '.join(re.findall(r"[a-z0-9']+", re.sub(r'\(.*?\)', '', text.lower())))
@@ -64,7 +64,7 @@ def find_class(prompt, # one prompt
     check(len(named) == 1, f'{prompt!r} names {len(named)} actions, {" and ".join(named)}: ask for one')
     return named[0]
 
-# %% ../../nbs/18_action.ipynb #7edb43ee
+# %% ../../nbs/18_action.ipynb #32a0fa3a
 class Action(Reward):
     "How probable a video classifier finds the action that the prompt names: `log p`, at most 0, or `p`."
     name, wants, min_frames, needs_prompts = 'action', 'clip', 2, True
@@ -88,7 +88,7 @@ class Action(Reward):
         log_p = self.log_probabilities(video).gather(1, wanted)[:, 0]
         return log_p if self.form == 'log' else log_p.exp()
 
-# %% ../../nbs/18_action.ipynb #386861b2
+# %% ../../nbs/18_action.ipynb #490ea34b
 def load_action(scale='small', # 'small': shipped with this package; 'full': MCG-NJU/videomae-base-finetuned-kinetics
                 device=None,   # as in `pick_device`
                 dtype=None,    # as in `pick_dtype`; by default half precision for the full one on a GPU
