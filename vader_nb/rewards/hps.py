@@ -6,7 +6,7 @@
 __all__ = ['VERSIONS', 'resize_longer', 'pad_view', 'square_view', 'TextMatch', 'HPS', 'token_ids', 'open_clip_ids',
            'open_clip_net', 'load_hps']
 
-# %% ../../nbs/15_hps.ipynb #3e39e11e
+# %% ../../nbs/15_hps.ipynb #92bf81b7
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +16,7 @@ from ..reward import Reward, freeze
 from .aesthetic import clip_normalise, clip_view, read_weights
 from ..zoo import model_path
 
-# %% ../../nbs/15_hps.ipynb #7105356c
+# %% ../../nbs/15_hps.ipynb #62aaa30b
 def resize_longer(frames, # (n, 3, h, w)
                   size    # the new length of the longer side
                   ):
@@ -33,14 +33,14 @@ def pad_view(frames, # (n, 3, h, w) in [0, 1], any size
     (top, left), (h, w) = [(size - n) // 2 for n in x.shape[-2:]], x.shape[-2:]
     return clip_normalise(F.pad(x, (left, size - w - left, top, size - h - top)))
 
-# %% ../../nbs/15_hps.ipynb #a3a72de8
+# %% ../../nbs/15_hps.ipynb #82fa7068
 def square_view(frames, # (n, 3, h, w) in [0, 1], any size
                 size    # the input size of the network
                 ):
     "A frame squeezed into a square, as the authors of VADER show it to HPSv2: (n, 3, size, size), float32."
     return clip_normalise(F.interpolate(frames.float(), (size, size), mode='bilinear', antialias=True))
 
-# %% ../../nbs/15_hps.ipynb #e223c863
+# %% ../../nbs/15_hps.ipynb #1f6b4f8b
 class TextMatch(Reward):
     "How well each frame fits its clip's own prompt: cosine times `scale`, mean over frames. Subclasses say how to embed."
     needs_prompts = True
@@ -78,7 +78,7 @@ class TextMatch(Reward):
         images = from_frames(self.images(to_frames(video)), len(video))
         return self.scale * (images * self.texts(prompts)[:, None]).sum(2).mean(1)
 
-# %% ../../nbs/15_hps.ipynb #2005e2ac
+# %% ../../nbs/15_hps.ipynb #3e1faa70
 class HPS(TextMatch):
     "Human Preference Score v2 or v2.1 (https://arxiv.org/abs/2306.09341): cosine of frame and prompt, mean over frames."
     name = 'hps'
@@ -92,7 +92,7 @@ class HPS(TextMatch):
     def embed_images(self, x): return self.clip.encode_image(x)
     def embed_texts(self, ids): return self.clip.encode_text(ids)
 
-# %% ../../nbs/15_hps.ipynb #abec7e43
+# %% ../../nbs/15_hps.ipynb #11193674
 def token_ids(tokenizer, # a `CLIPTokenizer`
               prompts    # list of n
               ):
@@ -122,7 +122,7 @@ def open_clip_net(config,             # open_clip's description of the network
     clip.load_state_dict(weights)
     return clip
 
-# %% ../../nbs/15_hps.ipynb #a48b4c81
+# %% ../../nbs/15_hps.ipynb #dd65af00
 VERSIONS = {'2': 'hps', '2.1': 'hps21'} # name of the checkpoint
 
 def _small(folder):
