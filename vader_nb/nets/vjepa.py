@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'MASKS', 'PARTS', 'VJepaConfig', 'position_table', 'stretch'
            'Attention', 'Perceptron', 'Block', 'take', 'Encoder', 'Predictor', 'VJepa', 'masked_error',
            'published_state', 'fill', 'load_vjepa_net', 'save_vjepa_net']
 
-# %% ../../nbs/19a_vjepa_net.ipynb #9a13c7c1
+# %% ../../nbs/19a_vjepa_net.ipynb #840568ad
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core import VaderError, check, read_json, write_json
 
-# %% ../../nbs/19a_vjepa_net.ipynb #cbb40c1b
+# %% ../../nbs/19a_vjepa_net.ipynb #3b069e88
 @dataclass(frozen=True)
 class VJepaConfig:
     "Sizes of a V-JEPA; the defaults are the published ViT-L/16."
@@ -40,7 +40,7 @@ class VJepaConfig:
 
 SMALL = VJepaConfig(size=64, frames=8, patch=8, dim=96, depth=4, heads=4, pred_dim=64, pred_depth=3, pred_heads=4)
 
-# %% ../../nbs/19a_vjepa_net.ipynb #059095cd
+# %% ../../nbs/19a_vjepa_net.ipynb #d6d5d25c
 def _waves(place, # (n,) float64
            dim    # even
            ):
@@ -55,7 +55,7 @@ def position_table(grid, # tokens along time, height, width
     axes = torch.meshgrid(*[torch.arange(n).double() for n in grid], indexing='ij')
     return torch.cat([_waves(a.flatten(), 2 * math.ceil(dim / 6)) for a in axes], 1)[None, :, :dim].float()
 
-# %% ../../nbs/19a_vjepa_net.ipynb #52b7b566
+# %% ../../nbs/19a_vjepa_net.ipynb #010ffc63
 def stretch(table,   # (1, tokens, dim) for `grid`
             grid,    # what it was made for
             new_grid # what is wanted
@@ -65,7 +65,7 @@ def stretch(table,   # (1, tokens, dim) for `grid`
     volume = table.transpose(1, 2).unflatten(2, tuple(grid))
     return F.interpolate(volume, tuple(new_grid), mode='trilinear', align_corners=False).flatten(2).transpose(1, 2)
 
-# %% ../../nbs/19a_vjepa_net.ipynb #d2b683ae
+# %% ../../nbs/19a_vjepa_net.ipynb #3d7abeea
 MASKS = ((.15, 8), (.7, 2))   # short-range, long-range: share of the frame that a block covers, number of blocks
 
 def block_size(grid,     # tokens along time, height, width
@@ -94,7 +94,7 @@ def draw_masks(grid, generator):
     "One mask of each kind in `MASKS`: a list of (visible, hidden)."
     return [block_mask(grid, block_size(grid, share, generator), blocks, generator) for share, blocks in MASKS]
 
-# %% ../../nbs/19a_vjepa_net.ipynb #50e7c5d2
+# %% ../../nbs/19a_vjepa_net.ipynb #8d0aaed1
 class Attention(nn.Module):
     "Self-attention with queries, keys and values from one matrix."
     def __init__(self, dim, heads):
@@ -121,7 +121,7 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/19a_vjepa_net.ipynb #ac2baa17
+# %% ../../nbs/19a_vjepa_net.ipynb #49c6eeea
 def take(x,    # (b, n, d) or (1, n, d)
          index # (k,) for all, or (b, k)
          ):
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
         for block in self.blocks: x = block(x)
         return self.norm(x)
 
-# %% ../../nbs/19a_vjepa_net.ipynb #b41d5dc0
+# %% ../../nbs/19a_vjepa_net.ipynb #aff2c3b1
 class Predictor(nn.Module):
     "From features of the visible tokens to features of the hidden ones."
     def __init__(self, c # `VJepaConfig`
@@ -169,7 +169,7 @@ class Predictor(nn.Module):
         for block in self.predictor_blocks: x = block(x)
         return self.predictor_proj(self.predictor_norm(x)[:, context.shape[1]:])
 
-# %% ../../nbs/19a_vjepa_net.ipynb #6dc2d7ae
+# %% ../../nbs/19a_vjepa_net.ipynb #a2213870
 class VJepa(nn.Module):
     "Context encoder, predictor and target encoder."
     def __init__(self, config: VJepaConfig):
@@ -195,7 +195,7 @@ def masked_error(net,     # `VJepa`, or anything with its `predict`
     guess = [net.predict(clips, v, h, i % len(MASKS)) for i, (v, h) in enumerate(masks)]
     return torch.stack([(g - take(targets, h)).float().abs().mean((1, 2)) for g, (_, h) in zip(guess, masks)]).mean(0)
 
-# %% ../../nbs/19a_vjepa_net.ipynb #54235e92
+# %% ../../nbs/19a_vjepa_net.ipynb #8ab3a128
 PARTS = ('encoder', 'target_encoder', 'predictor')
 
 def published_state(path # `vitl16.pth.tar`
