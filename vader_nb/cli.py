@@ -6,12 +6,12 @@
 __all__ = ['BASES', 'list_experiments', 'run_experiment', 'open_base', 'sample_prompts', 'read_config', 'evaluate_run',
            'plan_memory', 'Parser', 'make_parser', 'main', 'complain']
 
-# %% ../nbs/26_cli.ipynb #f8185f6b
+# %% ../nbs/26_cli.ipynb #91674b69
 import argparse, json, re, sys, warnings
 from dataclasses import asdict
 from pathlib import Path
 
-# %% ../nbs/26_cli.ipynb #535289fd
+# %% ../nbs/26_cli.ipynb #8d72b676
 def list_experiments(
     args,  # with `json`
 ):
@@ -21,7 +21,7 @@ def list_experiments(
     if args.json: return print(json.dumps([dict(name=k, paper=e.paper, about=e.about, **configs[k]) for k, e in EXPERIMENTS.items()], indent=2))
     for k, e in EXPERIMENTS.items(): print(f'{k}\n    {e.about} ({e.paper})')
 
-# %% ../nbs/26_cli.ipynb #7784a194
+# %% ../nbs/26_cli.ipynb #52b916b1
 def run_experiment(
     args,  # with `experiment`, `scale`, `steps`, `seed`, `precision`, `out`, `resume`, `device`, `wandb`
 ):
@@ -35,7 +35,7 @@ def run_experiment(
     if PartialState().is_main_process: print(f'{(folder/"report.md").read_text(encoding="utf8").split("![")[0]}The whole report: {folder}/report.md')
     PartialState().destroy_process_group()
 
-# %% ../nbs/26_cli.ipynb #28665b42
+# %% ../nbs/26_cli.ipynb #57303223
 BASES = dict(modelscope='load_modelscope', videocrafter='load_videocrafter')  # name -> function of vader_nb.models.NAME
 
 def open_base(
@@ -66,7 +66,7 @@ def sample_prompts(
         save_gif(video, f'{path}.gif'), save_mp4(video, f'{path}.mp4')
         print(f'{path}.gif')
 
-# %% ../nbs/26_cli.ipynb #668db19d
+# %% ../nbs/26_cli.ipynb #cc650a47
 def read_config(
     folder,  # a run folder
 ):  # -> `Config`
@@ -95,7 +95,7 @@ def evaluate_run(
     with lora_off(model): before = look('before')
     print(table(['held-out prompts', 'before', 'after'], [[k, f'{before[k]:.3f}', f'{after[k]:.3f}'] for k in after]))
 
-# %% ../nbs/26_cli.ipynb #6ec93aed
+# %% ../nbs/26_cli.ipynb #86b1a784
 def plan_memory(
     args,  # with `base`, `reward`, `frames`, `size`, `k`, `rounds`, `budget`
 ):
@@ -107,13 +107,13 @@ def plan_memory(
     config = config_for(args.base, args.reward, args.frames, *(map(int, size.groups()) if size else ()), K=args.k)
     print(describe(args.base, args.reward, config, plan(args.base, args.reward, config, args.budget, args.rounds), args.rounds))
 
-# %% ../nbs/26_cli.ipynb #04cd5ceb
+# %% ../nbs/26_cli.ipynb #29c74bb5
 class Parser(argparse.ArgumentParser):
     "Says what is wrong in one line."
     def error(self, message):
         self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
 
-# %% ../nbs/26_cli.ipynb #fc4c9be1
+# %% ../nbs/26_cli.ipynb #d114348e
 def make_parser():
     "What may be said to `vader`."
     parser = Parser(prog='vader', description='Video diffusion alignment via reward gradients.')
@@ -157,7 +157,7 @@ def make_parser():
     add('--budget', type=float, default=16., metavar='GB', help='memory of the card; default: 16')
     return parser
 
-# %% ../nbs/26_cli.ipynb #7bf3bb57
+# %% ../nbs/26_cli.ipynb #2609ddd4
 def main(
     args=None,  # list of words; default: the command line's
 ):  # -> exit code
@@ -181,5 +181,5 @@ def complain(
     print('vader: ' + ' '.join(str(what).split()), file=sys.stderr)
     return code
 
-# %% ../nbs/26_cli.ipynb #b8f6098d
+# %% ../nbs/26_cli.ipynb #56f8f113
 if __name__ == '__main__' and 'get_ipython' not in globals(): sys.exit(main())  # python -m vader_nb.cli, as accelerate launch needs it
