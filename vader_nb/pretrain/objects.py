@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'ABOUT', 'surround', 'boxes', 'through_vae', 'pictures', 'ba
            'first_weights', 'make_yolos', 'patch_truth', 'Pupil', 'targets', 'detection_loss', 'lesson',
            'average_precision', 'marks', 'quality', 'main']
 
-# %% ../../nbs/zoo/08_objects.ipynb #3d2879c1
+# %% ../../nbs/zoo/08_objects.ipynb #13d834d3
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..rewards.objects import imagenet_normalise
 from ..world import OBJECTS, SPOILS, draw, scenes, spoil_some
 from .loop import options, pretrain, write_card
 
-# %% ../../nbs/zoo/08_objects.ipynb #420aa92a
+# %% ../../nbs/zoo/08_objects.ipynb #c996eec8
 KINDS = OBJECTS[1:]   # book, cup
 
 def surround(mask # (n, h, w) booleans
@@ -46,7 +46,7 @@ def boxes(s, # n scenes
     found[i, s.obj - 1] = surround((here - gone).abs().amax(1) > .03)
     return found
 
-# %% ../../nbs/zoo/08_objects.ipynb #08a8e808
+# %% ../../nbs/zoo/08_objects.ipynb #3acdd440
 @torch.no_grad()
 def through_vae(x,  # frames (n, 3, h, w) in [0, 1]
                 k,  # (n,) how strongly to disturb the latents, in [0, 1]
@@ -76,7 +76,7 @@ def batch(pool, g, # frames and boxes as from `pictures`, `torch.Generator`
     x[m], b[m, :, 0] = x[m].flip(-1), 1 - b[m, :, 0]
     return x, b
 
-# %% ../../nbs/zoo/08_objects.ipynb #7e1c6ee5
+# %% ../../nbs/zoo/08_objects.ipynb #beefc5b5
 def cost_table(logits, guesses, # (q, classes + 1), (q, 4) of one frame
                kinds, truth     # (m,) classes and (m, 4) boxes of its objects
                ):
@@ -97,7 +97,7 @@ def match(outputs, targets):
     rows = zip(outputs['logits'], outputs['pred_boxes'], targets)
     return [(assign(cost_table(l, b, t['class_labels'], t['boxes'])), torch.arange(len(t['boxes']))) for l, b, t in rows]
 
-# %% ../../nbs/zoo/08_objects.ipynb #c39d67a1
+# %% ../../nbs/zoo/08_objects.ipynb #bcf166fa
 def borrow(layers, # of a `YolosForObjectDetection` or `VideoMAEForVideoClassification`
            clip    # the small CLIP's image tower
            ):
@@ -118,7 +118,7 @@ def first_weights(clip, x # the small CLIP's image tower, frames (n, 3, 64, 64) 
     place = centred(e.position_embedding.weight.T).T
     return centred(e.patch_embedding.weight), norm.bias.clone(), place[1:], centred(e.class_embedding) + place[0] + norm.bias
 
-# %% ../../nbs/zoo/08_objects.ipynb #8bdf41e5
+# %% ../../nbs/zoo/08_objects.ipynb #f3acb208
 def make_yolos(clip=None # the small CLIP's image tower, to begin with
                ):
     "The small `YolosForObjectDetection`: 64x64 pixels in patches of 8, five queries, 0.8 M parameters."
@@ -140,7 +140,7 @@ def _look_through(net, clip):
     net.vit.encoder.interpolation.mid_position_embeddings.zero_()
     borrow(net.vit.encoder.layer, clip); net.vit.layernorm.load_state_dict(clip.vision_model.post_layernorm.state_dict())
 
-# %% ../../nbs/zoo/08_objects.ipynb #855de831
+# %% ../../nbs/zoo/08_objects.ipynb #498d7f1c
 def patch_truth(truth # (n, 2, 4), nan where nothing is
                 ):
     "What each of the 8x8 patches shows (n, 64): the kind whose box holds its middle, or nearly, else `len(KINDS)`."
@@ -163,7 +163,7 @@ class Pupil(torch.nn.Module):
         tokens = self.net.vit(imagenet_normalise(x)).last_hidden_state
         return self.net.class_labels_classifier(tokens[:, -5:]), self.net.bbox_predictor(tokens[:, -5:]).sigmoid(), self.patch_head(tokens[:, 1:65])
 
-# %% ../../nbs/zoo/08_objects.ipynb #6ec0c3db
+# %% ../../nbs/zoo/08_objects.ipynb #1e53ff13
 def targets(truth # (n, 2, 4), nan where nothing is
             ):
     "Boxes as transformers' losses want them: a list of dicts with `class_labels` and `boxes`."
@@ -185,7 +185,7 @@ def lesson(pupil, x, truth # a `Pupil`, frames (n, 3, 64, 64) in [0, 1], boxes (
     loss = 2 * parts['loss_ce'] + 5 * parts['loss_bbox'] + 2 * parts['loss_giou'] + 3 * dense
     return loss, {k: v.detach() for k, v in dict(parts, patches=dense).items()}
 
-# %% ../../nbs/zoo/08_objects.ipynb #22e0a0ae
+# %% ../../nbs/zoo/08_objects.ipynb #86c65b99
 def average_precision(p, guesses, # (n, q) confidence, (n, q, 4)
                       truth,      # (n, 4), nan where there is none
                       overlap=.5):
@@ -197,7 +197,7 @@ def average_precision(p, guesses, # (n, q) confidence, (n, q, 4)
     precision = (right.cumsum(0) / torch.arange(1, len(right) + 1)).flip(0).cummax(0).values.flip(0)
     return ((precision * right).sum() / (~truth.isnan().any(1)).sum()).item()
 
-# %% ../../nbs/zoo/08_objects.ipynb #11cf7195
+# %% ../../nbs/zoo/08_objects.ipynb #a36e9ebb
 @torch.no_grad()
 def marks(net, x, truth):
     "AP50 of each kind, a list of numbers."
