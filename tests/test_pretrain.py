@@ -209,7 +209,7 @@ def test_the_denoisers_loss(small_vae, tok, tmp_path):
         torch.manual_seed(0)
         text_tower, unet = clip.make_clip(len(tok), tok.eos_token_id).text_model.eval().requires_grad_(False), modelscope.make_unet()
     modelscope.chunk(0, tmp_path, small_vae, 4); modelscope.chunk(1, tmp_path, small_vae, 4)
-    batches = modelscope.Batches(tmp_path, None, text_tower, tok, chunks=2, batch=2)
+    batches = modelscope.Batches(tmp_path, None, text_tower, tok, chunks=range(2), batch=2)
     loss, seen = modelscope.unet_loss(unet, batches, generator(0), ready=1)
     assert len(batches.data) == 1 and loss.isfinite() and seen['size'] == 64
     z, text = batches(generator(5), 2)

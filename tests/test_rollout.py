@@ -36,7 +36,7 @@ class Toy(VideoModel):
     def embed(self, prompts): return torch.stack([torch.full((2, 3), .1 * len(p), dtype=torch.float64) for p in prompts])
     def denoise(self, x, t, embeds): return self.denoiser(x, t, embeds)
     def to_pixels(self, z): return z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3) / 2 + .5
-    def sampler(self, steps, kind='ddim', eta=0.): return sampler_from_config(BASE, kind, steps, eta)
+    def sampler(self, steps, kind='ddim', eta=0., size=()): return sampler_from_config(BASE, kind, steps, eta)
 
 
 @pytest.fixture
