@@ -420,7 +420,7 @@ def test_what_pretraining_publishes_can_be_loaded(tmp_path):
     torch.manual_seed(0)
     net, temporal, x = make_stdit3(), make_temporal().eval(), torch.randn(2, 4, 17, 4, 4)
     publish_denoiser(net.state_dict(), 1, SimpleNamespace(steps=2, to=tmp_path/'denoiser'))
-    publish_vae(temporal.state_dict(), 1, x, None, SimpleNamespace(steps=2, to=tmp_path/'vae'))
+    publish_vae(temporal.state_dict(), 1, x, None, SimpleNamespace(steps=2, chunks=3, to=tmp_path/'vae'))
     for part in ('denoiser', 'vae'): assert (tmp_path/part/'model.safetensors').stat().st_size < 3.3e6 and (tmp_path/part/'card.json').exists()
     model = open_opensora(tmp_path/'denoiser', tmp_path/'vae', model_path('clip'), image_vae=model_path('vae'), **opensora.SMALL)
     with torch.no_grad():

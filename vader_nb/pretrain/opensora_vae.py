@@ -82,7 +82,7 @@ def _publish(state, step, test, image_vae, a):
     "Write averaged weights as a checkpoint with its card."
     from safetensors.torch import save_file
     vae = make_temporal(); vae.load_state_dict(state); vae.eval()
-    (shift, scale), facts = unit(vae, test), dict(data='clips of 17 frames, 64 pixels, two frames for each of the world; a third of every grade, the rest dull',
+    (shift, scale), facts = unit(vae, test), dict(data=f'{a.chunks} x 1024 clips of 17 frames, 64 pixels, two frames for each of the world; the first file of every grade, the others dull',
         steps=f'{step} of {a.steps}, batch 8', seed=5, command='python -m vader_nb.pretrain.opensora_vae')
     with atomic_path(a.to) as d:
         d.mkdir(parents=True)
@@ -95,7 +95,7 @@ def _publish(state, step, test, image_vae, a):
 def main(argv=None):
     "Train the temporal VAE; `--draw N` only draws and encodes N chunks."
     from diffusers import AutoencoderKL
-    a = options(argv, main.__doc__, steps=900, out='runs/zoo/opensora', to='vader_nb/checkpoints/opensora/vae', draw=0, chunks=3,
+    a = options(argv, main.__doc__, steps=3000, out='runs/zoo/opensora', to='vader_nb/checkpoints/opensora/vae', draw=0, chunks=3,
                 vae='vader_nb/checkpoints/modelscope/vae')
     Path(a.out).mkdir(parents=True, exist_ok=True); image_vae = load_net(AutoencoderKL, a.vae)
     for i in range(a.draw): frame_latents(i, a.out, image_vae)
