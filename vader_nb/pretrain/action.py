@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT', 'clips', 'batch', 'soft_labels', 'make_videomae', 'action_loss', 'ask', 'quality', 'main']
 
-# %% ../../nbs/zoo/09_action.ipynb #2d410aee
+# %% ../../nbs/zoo/09_action.ipynb #e18aefd6
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..world import ACTIVITIES, SPOILS, draw, scenes, spoil, spoil_some
 from .loop import options, pretrain, write_card
 from .objects import borrow, first_weights, through_vae
 
-# %% ../../nbs/zoo/09_action.ipynb #c32eb906
+# %% ../../nbs/zoo/09_action.ipynb #d85c6d88
 def clips(g, n, # `torch.Generator`, how many
           vae,  # the small `AutoencoderKL`
           grades=('dull', 'any', 'any', 'vivid')):
@@ -47,7 +47,7 @@ def soft_labels(activity, # (n,)
     k = ((k - .3) / .7).clamp(0)[:, None]
     return (1 - k) * F.one_hot(activity, len(ACTIVITIES)) + k / len(ACTIVITIES)
 
-# %% ../../nbs/zoo/09_action.ipynb #2bd240b0
+# %% ../../nbs/zoo/09_action.ipynb #9dca64b0
 def make_videomae(clip=None # the small CLIP's image tower, to begin with
                   ):
     "The small `VideoMAEForVideoClassification`: 8 frames of 64x64 in tubelets of 4x8x8, 0.7 M parameters."
