@@ -7,7 +7,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'Found', 'DETECTORS', 'imagenet_norm
            'load_yolos', 'hard_confidence', 'smooth_max', 'ObjectRemoval', 'GroundingDino', 'load_grounding_dino',
            'load_objects']
 
-# %% ../../nbs/17_objects.ipynb #f43f820c
+# %% ../../nbs/17_objects.ipynb #543e39cd
 import math
 from collections import namedtuple
 
@@ -20,7 +20,7 @@ from ..models.modelscope import load_net, read_part
 from ..reward import Reward, frame_mean, freeze
 from ..zoo import model_path
 
-# %% ../../nbs/17_objects.ipynb #96192e84
+# %% ../../nbs/17_objects.ipynb #522fd0ad
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
 def imagenet_normalise(frames # (..., 3, h, w) in [0, 1]
@@ -48,7 +48,7 @@ def detector_view(frames, # (n, 3, h, w) in [0, 1]
     x = frames.float()
     return imagenet_normalise(x if x.shape[-2:] == size else F.interpolate(x, size, mode='bilinear', antialias=True))
 
-# %% ../../nbs/17_objects.ipynb #ae87beb7
+# %% ../../nbs/17_objects.ipynb #441b5690
 Found = namedtuple('Found', 'confidence mine boxes') # of the target (n, q); is it the likeliest thing? (n, q); centre, width, height (n, q, 4)
 
 class Yolos(nn.Module):
@@ -71,7 +71,7 @@ class Yolos(nn.Module):
         p = out.logits.float().softmax(-1)[..., :-1] # the last class is "nothing"
         return Found(p[..., self.index], p.argmax(-1) == self.index, out.pred_boxes.float())
 
-# %% ../../nbs/17_objects.ipynb #ba15e8c0
+# %% ../../nbs/17_objects.ipynb #6acb17b7
 def load_yolos(folder, # with network and processor as saved by transformers
                target='book', dtype=torch.float32):
     "The `Yolos` in a folder."
@@ -79,7 +79,7 @@ def load_yolos(folder, # with network and processor as saved by transformers
     size = read_part(YolosImageProcessor, folder).size
     return Yolos(load_net(YolosForObjectDetection, folder, dtype), target, size['shortest_edge'], size['longest_edge'])
 
-# %% ../../nbs/17_objects.ipynb #b69c053e
+# %% ../../nbs/17_objects.ipynb #0d327d02
 def hard_confidence(confidence, # (n, q)
                     mine,       # (n, q) is the target the query's likeliest thing?
                     threshold):
@@ -87,14 +87,14 @@ def hard_confidence(confidence, # (n, q)
     keep = mine & (confidence > threshold)
     return (confidence * keep).sum(1) / keep.sum(1).clamp(min=1)
 
-# %% ../../nbs/17_objects.ipynb #f3567504
+# %% ../../nbs/17_objects.ipynb #52e0947a
 def smooth_max(p,      # (n, q)
                tau=.02 # the smaller, the closer to the maximum
                ):
     "Smooth maximum over the last axis (n,), at most `tau * log(q)` below the true one."
     return tau * ((p / tau).logsumexp(-1) - math.log(p.shape[-1]))
 
-# %% ../../nbs/17_objects.ipynb #3f9a16be
+# %% ../../nbs/17_objects.ipynb #de5dc624
 class ObjectRemoval(Reward):
     "One minus a detector's confidence that its target is there, mean over frames; 0 to 1."
     def __init__(self,
@@ -114,7 +114,7 @@ class ObjectRemoval(Reward):
 
     def score(self, video, prompts, generator): return frame_mean(lambda x: 1 - self.confidence(x), video)
 
-# %% ../../nbs/17_objects.ipynb #e8e05af9
+# %% ../../nbs/17_objects.ipynb #7bf31d12
 class GroundingDino(nn.Module):
     "A Grounding DINO that looks for whatever the words say."
     threshold = .4 # the authors' bound for a detection
@@ -143,7 +143,7 @@ def load_grounding_dino(folder, # with network, processor and tokenizer as saved
     size, tokenizer = read_part(GroundingDinoImageProcessor, folder).size, read_part(AutoTokenizer, folder)
     return GroundingDino(load_net(GroundingDinoForObjectDetection, folder, dtype), tokenizer, target, size['shortest_edge'], size['longest_edge'])
 
-# %% ../../nbs/17_objects.ipynb #71f47362
+# %% ../../nbs/17_objects.ipynb #94d6c10e
 DETECTORS = {'yolos': load_yolos, 'yolos_tiny': load_yolos, 'grounding_dino': load_grounding_dino}
 
 def load_objects(scale='small',    # 'small': shipped with this package; 'full': the published detectors
