@@ -9,7 +9,7 @@ __all__ = ['ACTIONS', 'KINETICS_LABELS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'v
            'creative_prompts', 'load_hps_aesthetic', 'load_hps21', 'find_experiment', 'experiment_config', 'own_device',
            'load', 'run']
 
-# %% ../nbs/25_experiments.ipynb #66fdca21
+# %% ../nbs/25_experiments.ipynb #d33d18d0
 from dataclasses import asdict, dataclass, field
 import torch
 from .core import check, pick_device
@@ -27,7 +27,7 @@ from .runs import check_folder
 from .train import Config, fit
 from .world import a_or_an, prompts as world_prompts
 
-# %% ../nbs/25_experiments.ipynb #90bb26b5
+# %% ../nbs/25_experiments.ipynb #e3cbe65d
 ACTIONS = '''a man rowing a boat across a lake; a woman painting a wall; a child flying a kite; two girls dancing in the rain; an old man reading a newspaper
 a chef cutting onions; a boy throwing a ball; a woman playing the violin; a farmer driving a tractor; a surfer on a big wave
 a girl blowing out candles; a man chopping wood; a couple walking along a beach; a nurse drinking coffee; a boy jumping into a pool
@@ -39,13 +39,13 @@ a bear catching salmon; a lion yawning; an elephant spraying water; a squirrel e
 a train crossing a bridge; a rocket taking off; a ship sailing in a storm; a hot-air balloon rising; a car driving through a desert
 a robot watering a plant; an astronaut floating in space; a snowman melting in the sun; a candle burning in the dark; leaves falling in autumn'''.replace('\n', '; ').split('; ')
 
-# %% ../nbs/25_experiments.ipynb #dca32038
+# %% ../nbs/25_experiments.ipynb #5f492be3
 KINETICS_LABELS = '''playing piano; playing guitar; playing violin; playing cello; playing drums; playing chess; playing cards; playing badminton; playing tennis; playing basketball
 eating doughnuts; eating watermelon; eating spaghetti; eating burger; eating ice cream; drinking beer; flipping pancake; making pizza; washing dishes; cutting pineapple
 riding a bike; riding scooter; riding camel; riding unicycle; skateboarding; jogging; dancing ballet; juggling balls; jumping into pool; climbing tree
 chopping wood; shoveling snow; flying kite; throwing discus; doing aerobics; blowing out candles; reading book; writing; spray painting; watering plants'''.replace('\n', '; ').split('; ')
 
-# %% ../nbs/25_experiments.ipynb #034c547b
+# %% ../nbs/25_experiments.ipynb #053b93e0
 COMMON_ANIMALS = '''cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish shark whale
 dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo'''.split()
 TEST_ACTIVITIES = ['riding a bike', 'playing chess', 'washing dishes']
@@ -54,14 +54,14 @@ def activity_prompts():
     "A held-out prompt for each of the 45 animals, with the three activities in turn."
     return [f'{a_or_an(a)} {TEST_ACTIVITIES[i % 3]}' for i, a in enumerate(COMMON_ANIMALS)]
 
-# %% ../nbs/25_experiments.ipynb #5d6efda0
+# %% ../nbs/25_experiments.ipynb #7e6dbba2
 def spread(
     items,  # an odd number of them
 ):
     "The same items in another order, each time the fourth next, so that neighbours have little in common."
     return [items[4 * i % len(items)] for i in range(len(items))]
 
-# %% ../nbs/25_experiments.ipynb #16d6fb98
+# %% ../nbs/25_experiments.ipynb #728ce8b2
 @dataclass
 class Experiment:
     "One of the paper's experiments."
@@ -73,7 +73,7 @@ class Experiment:
     small: dict = field(default_factory=dict)  # settings at small scale
     full: dict = field(default_factory=dict)   # settings at full scale
 
-# %% ../nbs/25_experiments.ipynb #77cac855
+# %% ../nbs/25_experiments.ipynb #1b887067
 def action_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
@@ -163,7 +163,7 @@ EXPERIMENTS = {
     'opensora-hps21': Experiment('Figure 6', 'Open-Sora learns what people like', load_opensora, load_hps21, hat_prompts, opensora_small, opensora_full),
 }
 
-# %% ../nbs/25_experiments.ipynb #b1020bed
+# %% ../nbs/25_experiments.ipynb #4c01e42a
 def find_experiment(
     name,
 ):  # -> `Experiment`
@@ -181,7 +181,7 @@ def experiment_config(
     check(scale in ('small', 'full'), f'unknown scale {scale!r}: use small or full')
     return Config(**{**getattr(e, scale), **changes, 'experiment': name, 'scale': scale})
 
-# %% ../nbs/25_experiments.ipynb #b453e34e
+# %% ../nbs/25_experiments.ipynb #6e9ef522
 def own_device(
     name=None,  # as in `pick_device`
 ):
@@ -200,7 +200,7 @@ def load(
     if config.checkpointing: checkpoint_layers(reward)
     return model, reward
 
-# %% ../nbs/25_experiments.ipynb #66485933
+# %% ../nbs/25_experiments.ipynb #2b971184
 def run(
     config,         # a `Config` of one of `EXPERIMENTS`
     folder,         # the run folder

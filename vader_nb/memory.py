@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'saved_bytes', 'add_lora', 'lora_parameters', 'lora_off', 'save_lora', 'load_lora', 'recompute',
            'checkpoint_layers', 'checkpoint_activations', 'pick_frames', 'autocast']
 
-# %% ../nbs/11_memory.ipynb #d6f3a662
+# %% ../nbs/11_memory.ipynb #127157c1
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .core import VaderError, atomic_path, check
 
-# %% ../nbs/11_memory.ipynb #e339f5bf
+# %% ../nbs/11_memory.ipynb #19a1d46b
 def saved_bytes(fn,      # a function without arguments that runs a forward pass and returns its result
                 *modules # their weights are not counted
                 ):
@@ -31,7 +31,7 @@ def saved_bytes(fn,      # a function without arguments that runs a forward pass
     with saved_tensors_hooks(pack, lambda t: t): kept = fn() # the graph must live while we count
     return sum(seen.values())
 
-# %% ../nbs/11_memory.ipynb #d8563a3e
+# %% ../nbs/11_memory.ipynb #a34edc05
 def add_lora(model,        # a `VideoModel`; its denoiser is wrapped in place
              rank=8,       # inner dimension of the adapters
              alpha=8,      # the update is scaled by alpha / rank
@@ -61,14 +61,14 @@ def lora_parameters(model # a `VideoModel`
     "The parameters of the denoiser that learn."
     return [p for p in model.denoiser.parameters() if p.requires_grad]
 
-# %% ../nbs/11_memory.ipynb #6816710d
+# %% ../nbs/11_memory.ipynb #931dc91c
 @contextmanager
 def lora_off(model # a `VideoModel` with LoRA
              ):
     "Inside, `model` is the pretrained one again."
     with model.denoiser.disable_adapter(): yield model
 
-# %% ../nbs/11_memory.ipynb #75614772
+# %% ../nbs/11_memory.ipynb #4be66399
 def save_lora(model, # a `VideoModel` with LoRA
               folder # receives adapter_model.safetensors and adapter_config.json
               ):
@@ -109,13 +109,13 @@ def _check_fit(model, weights, folder):
         fits = layer is not None and (w.shape[1] == layer.weight.shape[1] if 'lora_A' in key else w.shape[0] == layer.weight.shape[0])
         check(fits, f'{folder} is a LoRA for another network than {model.name}: {key} has no place there')
 
-# %% ../nbs/11_memory.ipynb #58dce3ca
+# %% ../nbs/11_memory.ipynb #a9936304
 def recompute(forward, *args, **kw):
     "`forward(*args, **kw)`, of which only the inputs are kept for the backward pass."
     n = len(args)  # keywords travel by position, too: autograd's hooks see no others
     return checkpoint(lambda *v: forward(*v[:n], **dict(zip(kw, v[n:]))), *args, *kw.values(), use_reentrant=False)
 
-# %% ../nbs/11_memory.ipynb #a7e10581
+# %% ../nbs/11_memory.ipynb #96e1d87b
 LAYERS = set('''ResnetBlock2D TemporalConvLayer Transformer2DModel TransformerTemporalModel Attention SpatioTemporalResBlock TransformerSpatioTemporalModel
     ResBlock SpatialTransformer TemporalTransformer STDiT3Block ResBlock3d DoubleTime WanTransformerBlock
     CLIPEncoderLayer ResidualAttentionBlock VideoMAELayer YolosLayer Block
@@ -143,7 +143,7 @@ def checkpoint_activations(model,  # a `VideoModel`
     "Checkpoint the layers of the denoiser and of the VAE."
     for module in (model.denoiser, model.vae): checkpoint_layers(module, on)
 
-# %% ../nbs/11_memory.ipynb #3d82c82b
+# %% ../nbs/11_memory.ipynb #b662d848
 def pick_frames(f,        # frames of the clip
                 n,        # how many of them; all where `n` is `None` or at least `f`
                 generator # draws without replacement
@@ -153,7 +153,7 @@ def pick_frames(f,        # frames of the clip
     if n is None or n >= f: return list(range(f))
     return torch.randperm(f, generator=generator, device=generator.device)[:n].sort().values.tolist()
 
-# %% ../nbs/11_memory.ipynb #50840215
+# %% ../nbs/11_memory.ipynb #97c9936c
 def autocast(device, # where the networks are
              dtype   # float32: nothing happens; float16 or bfloat16: torch's automatic mixed precision
              ):

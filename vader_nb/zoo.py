@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'Checkpoint', 'model_path', 'card', 'parameters']
 
-# %% ../nbs/05_zoo.ipynb #5847eedc
+# %% ../nbs/05_zoo.ipynb #6b6133d2
 import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from .core import VaderError, check, read_json
 
-# %% ../nbs/05_zoo.ipynb #83826970
+# %% ../nbs/05_zoo.ipynb #72f94748
 @dataclass(frozen=True)
 class Checkpoint:
     "Where one model's weights are at both scales."
@@ -54,7 +54,7 @@ CHECKPOINTS = dict(
         ('*.json', 'model.safetensors'), '99 MB', 'Apache-2.0'),
     judge=Checkpoint('what a clip shows, and a second rating: for measuring only', 'judge'))
 
-# %% ../nbs/05_zoo.ipynb #c600fd17
+# %% ../nbs/05_zoo.ipynb #cf45045a
 def model_path(name,          # one of `CHECKPOINTS`
                scale='small'  # 'small' or 'full'
               ) -> Path:      # a local folder
@@ -77,7 +77,7 @@ def _fetch(name, c):
         small = f", or use the small {name}, which comes with the package (scale='small')" if c.small else ''
         raise VaderError(f'{name} needs {c.hub} ({c.size}), which is not in the cache and cannot be fetched ({type(e).__name__}): connect to the hub{small}') from e
 
-# %% ../nbs/05_zoo.ipynb #87e751b2
+# %% ../nbs/05_zoo.ipynb #5db16361
 def card(name): # one of `CHECKPOINTS`
     "Model card of a small checkpoint: a dict with `title`, `training` and `quality`."
     return read_json(model_path(name) / 'card.json')
