@@ -6,10 +6,10 @@
 __all__ = ['ACTIONS', 'KINETICS_LABELS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'videocrafter_full', 'videocrafter_small',
            'opensora_full', 'opensora_small', 'modelscope_full', 'EXPERIMENTS', 'activity_prompts', 'spread',
            'Experiment', 'action_prompts', 'hat_prompts', 'animal_prompts', 'book_prompts', 'label_prompts',
-           'creative_prompts', 'load_hps_aesthetic', 'load_hps21', 'find_experiment', 'experiment_config', 'own_device',
+           'creative_prompts', 'load_hps21', 'load_hps_aesthetic', 'find_experiment', 'experiment_config', 'own_device',
            'load', 'run']
 
-# %% ../nbs/25_experiments.ipynb #d33d18d0
+# %% ../nbs/25_experiments.ipynb #56b0d61a
 from dataclasses import asdict, dataclass, field
 import torch
 from .core import check, pick_device
@@ -27,7 +27,7 @@ from .runs import check_folder
 from .train import Config, fit
 from .world import a_or_an, prompts as world_prompts
 
-# %% ../nbs/25_experiments.ipynb #e3cbe65d
+# %% ../nbs/25_experiments.ipynb #dd4feaba
 ACTIONS = '''a man rowing a boat across a lake; a woman painting a wall; a child flying a kite; two girls dancing in the rain; an old man reading a newspaper
 a chef cutting onions; a boy throwing a ball; a woman playing the violin; a farmer driving a tractor; a surfer on a big wave
 a girl blowing out candles; a man chopping wood; a couple walking along a beach; a nurse drinking coffee; a boy jumping into a pool
@@ -39,13 +39,13 @@ a bear catching salmon; a lion yawning; an elephant spraying water; a squirrel e
 a train crossing a bridge; a rocket taking off; a ship sailing in a storm; a hot-air balloon rising; a car driving through a desert
 a robot watering a plant; an astronaut floating in space; a snowman melting in the sun; a candle burning in the dark; leaves falling in autumn'''.replace('\n', '; ').split('; ')
 
-# %% ../nbs/25_experiments.ipynb #5f492be3
+# %% ../nbs/25_experiments.ipynb #7c74a891
 KINETICS_LABELS = '''playing piano; playing guitar; playing violin; playing cello; playing drums; playing chess; playing cards; playing badminton; playing tennis; playing basketball
 eating doughnuts; eating watermelon; eating spaghetti; eating burger; eating ice cream; drinking beer; flipping pancake; making pizza; washing dishes; cutting pineapple
 riding a bike; riding scooter; riding camel; riding unicycle; skateboarding; jogging; dancing ballet; juggling balls; jumping into pool; climbing tree
 chopping wood; shoveling snow; flying kite; throwing discus; doing aerobics; blowing out candles; reading book; writing; spray painting; watering plants'''.replace('\n', '; ').split('; ')
 
-# %% ../nbs/25_experiments.ipynb #053b93e0
+# %% ../nbs/25_experiments.ipynb #61215ff5
 COMMON_ANIMALS = '''cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish shark whale
 dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo'''.split()
 TEST_ACTIVITIES = ['riding a bike', 'playing chess', 'washing dishes']
@@ -54,14 +54,14 @@ def activity_prompts():
     "A held-out prompt for each of the 45 animals, with the three activities in turn."
     return [f'{a_or_an(a)} {TEST_ACTIVITIES[i % 3]}' for i, a in enumerate(COMMON_ANIMALS)]
 
-# %% ../nbs/25_experiments.ipynb #7e6dbba2
+# %% ../nbs/25_experiments.ipynb #b562e4cc
 def spread(
     items,  # an odd number of them
 ):
     "The same items in another order, each time the fourth next, so that neighbours have little in common."
     return [items[4 * i % len(items)] for i in range(len(items))]
 
-# %% ../nbs/25_experiments.ipynb #728ce8b2
+# %% ../nbs/25_experiments.ipynb #86338745
 @dataclass
 class Experiment:
     "One of the paper's experiments."
@@ -73,7 +73,7 @@ class Experiment:
     small: dict = field(default_factory=dict)  # settings at small scale
     full: dict = field(default_factory=dict)   # settings at full scale
 
-# %% ../nbs/25_experiments.ipynb #1b887067
+# %% ../nbs/25_experiments.ipynb #33223a66
 def action_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
@@ -89,6 +89,7 @@ def hat_prompts(
     hats = [spread(world_prompts('hats', split)) for split in ('train', 'test')]
     return [[p for pair in zip(*both) for p in pair] for both in zip(hats, action_prompts(scale))]
 
+# %% ../nbs/25_experiments.ipynb #475da0a4
 def animal_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
@@ -103,6 +104,7 @@ def book_prompts(
     if scale == 'small': return [spread(world_prompts('books', split)) for split in ('train', 'test')]
     return [[f'{p} next to a book' for p in split] for split in animal_prompts(scale)]
 
+# %% ../nbs/25_experiments.ipynb #cb146d2c
 def label_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
@@ -119,6 +121,14 @@ def creative_prompts(
     odd = [f'{a_or_an(a)} {doing}' for a in COMMON_ANIMALS for doing in ('wearing a red hat and reading a book', 'playing the violin on a stage', 'in a raincoat beside a cup of tea')]
     return odd[:99], odd[99:]
 
+# %% ../nbs/25_experiments.ipynb #8c05fda6
+def load_hps21(
+    scale='small',  # 'small' or 'full'
+    device=None,    # as in `pick_device`
+):
+    "HPSv2.1 alone."
+    return load_hps(scale, device, version='2.1')
+
 def load_hps_aesthetic(
     scale='small',  # 'small' or 'full'
     device=None,    # as in `pick_device`
@@ -126,16 +136,10 @@ def load_hps_aesthetic(
     "HPSv2.1 and a tenth of the aesthetic score, the weights that the two have in the authors' losses."
     return load_hps(scale, device, version='2.1') + .1 * load_aesthetic(scale, device)
 
+# %% ../nbs/25_experiments.ipynb #92ee2e75
 videocrafter_full = dict(steps=450, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='ddim', eta=1., guidance=12.,
                          frames=12, height=320, width=512, precision='fp16', checkpointing=True, save_every=5)
 videocrafter_small = dict(T=10, eval_every=10)  # a T that divides 1000: its sampler would take 13 steps for 12
-
-def load_hps21(
-    scale='small',  # 'small' or 'full'
-    device=None,    # as in `pick_device`
-):
-    "HPSv2.1 alone."
-    return load_hps(scale, device, version='2.1')
 
 opensora_full = dict(steps=800, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=30, K=1, where='last', sampler='rflow', guidance=7.,
                      frames=51, height=240, width=426, precision='bf16', checkpointing=True, save_every=5)
@@ -144,6 +148,7 @@ opensora_small = dict(sampler='rflow', frames=17, eval_every=10)
 modelscope_full = dict(steps=300, batch=1, accumulate=16, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='dpm++', guidance=9.,
                        frames=16, height=256, width=256, precision='fp16', checkpointing=True, save_every=5)
 
+# %% ../nbs/25_experiments.ipynb #ae07b1ad
 EXPERIMENTS = {
     'modelscope-aesthetic': Experiment('Figures 6 and 7, Table 1', 'ModelScope learns to please the aesthetic predictor', load_modelscope, load_aesthetic,
                                        action_prompts, dict(eval_every=10), modelscope_full),
@@ -163,7 +168,7 @@ EXPERIMENTS = {
     'opensora-hps21': Experiment('Figure 6', 'Open-Sora learns what people like', load_opensora, load_hps21, hat_prompts, opensora_small, opensora_full),
 }
 
-# %% ../nbs/25_experiments.ipynb #4c01e42a
+# %% ../nbs/25_experiments.ipynb #de00102c
 def find_experiment(
     name,
 ):  # -> `Experiment`
@@ -181,7 +186,7 @@ def experiment_config(
     check(scale in ('small', 'full'), f'unknown scale {scale!r}: use small or full')
     return Config(**{**getattr(e, scale), **changes, 'experiment': name, 'scale': scale})
 
-# %% ../nbs/25_experiments.ipynb #6e9ef522
+# %% ../nbs/25_experiments.ipynb #d32547aa
 def own_device(
     name=None,  # as in `pick_device`
 ):
@@ -200,7 +205,7 @@ def load(
     if config.checkpointing: checkpoint_layers(reward)
     return model, reward
 
-# %% ../nbs/25_experiments.ipynb #2b971184
+# %% ../nbs/25_experiments.ipynb #680e9c54
 def run(
     config,         # a `Config` of one of `EXPERIMENTS`
     folder,         # the run folder

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Condition', 'check_prompts', 'check_frames', 'check_size', 'VideoModel']
 
-# %% ../nbs/06_video_model.ipynb #58576758
+# %% ../nbs/06_video_model.ipynb #5f1db704
 from dataclasses import dataclass, field
 import torch
 from .core import check, from_frames, randn, swap_cf, to_frames
 from .samplers import sampler_from_config
 
-# %% ../nbs/06_video_model.ipynb #808ddf73
+# %% ../nbs/06_video_model.ipynb #c522c7f1
 @dataclass
 class Condition:
     "What the denoiser is told besides the latents and the time, for a batch of clips."
@@ -41,7 +41,7 @@ class Condition:
         extra = {k: torch.cat([v, v]) for k, v in self.extra.items()}
         return Condition(torch.cat([self.uncond, self.embeds]), torch.cat([self.uncond, self.uncond]), extra)
 
-# %% ../nbs/06_video_model.ipynb #9852c406
+# %% ../nbs/06_video_model.ipynb #f3ee9829
 def check_prompts(prompts):
     "The prompts as a list; raises `VaderError` unless each is a text with something in it."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -49,7 +49,7 @@ def check_prompts(prompts):
     for p in prompts: check(isinstance(p, str) and p.strip(), f'a prompt must be a text that is not empty, got {p!r}')
     return prompts
 
-# %% ../nbs/06_video_model.ipynb #f27cade6
+# %% ../nbs/06_video_model.ipynb #7f8c6bd4
 def check_frames(frames, n):
     "The frame numbers `frames` (one or several) as a list; raises `VaderError` unless each lies in `0..n-1`."
     frames = torch.as_tensor(frames).reshape(-1).tolist()
@@ -57,7 +57,7 @@ def check_frames(frames, n):
           f'frames are {frames}, but a clip of {n} has whole numbers from 0 to {n-1}')
     return frames
 
-# %% ../nbs/06_video_model.ipynb #842c432d
+# %% ../nbs/06_video_model.ipynb #d5c89d55
 def check_size(frames, height, width, scale):
     "Raise `VaderError` unless there is a frame and both sides are multiples of `scale`, the pixels per latent."
     check(isinstance(frames, int) and frames > 0, f'a clip needs 1 frame or more, got {frames}')
@@ -65,7 +65,7 @@ def check_size(frames, height, width, scale):
         check(isinstance(side, int) and side > 0 and side % scale == 0,
               f'a clip of {height}x{width} pixels does not fit this model: both must be multiples of {scale}')
 
-# %% ../nbs/06_video_model.ipynb #75e47157
+# %% ../nbs/06_video_model.ipynb #ccf073d1
 class VideoModel:
     "What this library knows of a base model; a subclass brings `embed`, `denoise` and `to_pixels`."
     name = 'video model'
