@@ -126,20 +126,20 @@ def test_two_processes_are_one(tmp_path):
 def test_passes_add_up_to_their_mean(tmp_path):
     config = Config(**TINY, accumulate=2)
     def gradient(numbers, accumulate):
-        run = start(tiny_model(), replace(config, accumulate=accumulate), tmp_path)
+        run = start(tiny_model(), bright(), replace(config, accumulate=accumulate), tmp_path)
         for i in numbers: one_pass(run, vader_step, bright(), PROMPTS, i)
         return torch.cat([p.grad.flatten() for p in run.weights.values()])
     both, first, second = gradient([0, 1], 2), gradient([0], 1), gradient([1], 1)
     assert torch.allclose(both, (first + second) / 2, atol=1e-6 * both.abs().max())
 
 def test_the_gradient_is_clipped(tmp_path):
-    run = start(tiny_model(), Config(**TINY, clip=1e-6), tmp_path)
+    run = start(tiny_model(), bright(), Config(**TINY, clip=1e-6), tmp_path)
     one_pass(run, vader_step, bright(), PROMPTS, 0)
     norm = train.clip_gradient(run)
     assert norm > 1e-5 and torch.nn.utils.get_total_norm([p.grad for p in run.weights.values()]) == pytest.approx(1e-6, rel=.01)
 
 def test_everything_is_counted(tmp_path):
-    run = start(tiny_model(), Config(**TINY, where='last', accumulate=3), tmp_path)
+    run = start(tiny_model(), bright(), Config(**TINY, where='last', accumulate=3), tmp_path)
     record = optimizer_step(run, vader_step, bright(), PROMPTS)
     assert record['reward_queries'] == 3 * 2 and record['denoiser_passes'] == 3 * 2 * 3 * 2  # passes, clips, T, both halves of guidance
 
@@ -159,12 +159,27 @@ def test_a_clip_reward_sees_all_frames():
     assert seen == [1, 4]
 
 def test_memory_does_not_grow_with_T(tmp_path):
-    run = start(tiny_model(), Config(**TINY, checkpointing=True), tmp_path)
+    run = start(tiny_model(), bright(), Config(**TINY, tricks='layers'), tmp_path)
     kept = [saved_bytes(lambda: vader_step(run.model, bright(), PROMPTS[:2], replace(run.config, T=T, K=1, where='last'), generator(0))) for T in (2, 8)]
     assert kept[0] > 0 and kept[1] <= kept[0] * 1.001
 
+def test_exact_tricks_leave_the_gradient_alone(tmp_path):
+    def gradient(words):
+        run = start(tiny_model(), bright(), Config(**TINY, tricks=words), tmp_path)
+        one_pass(run, vader_step, bright(), PROMPTS, 0)
+        return torch.cat([p.grad.flatten() for p in run.weights.values()])
+    plain, thrifty = gradient(''), gradient('layers passes slices offload turns')
+    assert plain.abs().max() > 0 and torch.allclose(plain, thrifty, atol=1e-5 * plain.abs().max())
+
+def test_a_run_with_tricks_is_a_run(tmp_path):
+    plain, thrifty = [[r['reward'] for r in fit(tiny_model(), bright(), PROMPTS, Config(**{**TINY, 'steps': 2}, tricks=words), tmp_path/(words or 'plain'), tests=PROMPTS[:2])]
+                      for words in ('', 'layers passes turns')]
+    assert len(plain) == 2 and plain == pytest.approx(thrifty, rel=1e-4)
+    assert (tmp_path/'layers passes turns'/'lora'/'adapter_model.safetensors').exists()
+    with pytest.raises(VaderError, match="unknown trick 'magic'"): Config(tricks='magic')
+
 def test_bf16_keeps_the_lora_in_float32(tmp_path):
-    run = start(tiny_model(), Config(**TINY, precision='bf16'), tmp_path)
+    run = start(tiny_model(), bright(), Config(**TINY, precision='bf16'), tmp_path)
     seen = []
     run.model.denoiser.base_model.model.conv_out.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     record = optimizer_step(run, vader_step, bright(), PROMPTS)

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 import torch
 from .core import check, pick_device
 from .evaluate import judge_clips
-from .memory import checkpoint_layers
 from .models.modelscope import load_modelscope
 from .models.opensora import OpenSora, drop_text_encoder, load_opensora
 from .models.videocrafter import load_videocrafter
@@ -138,15 +137,15 @@ def load_hps_aesthetic(
 
 # %% ../nbs/25_experiments.ipynb #92ee2e75
 videocrafter_full = dict(steps=450, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='ddim', eta=1., guidance=12.,
-                         frames=12, height=320, width=512, precision='fp16', checkpointing=True, save_every=5)
+                         frames=12, height=320, width=512, precision='fp16', tricks='layers', save_every=5)
 videocrafter_small = dict(T=10, eval_every=10)  # a T that divides 1000: its sampler would take 13 steps for 12
 
 opensora_full = dict(steps=800, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=30, K=1, where='last', sampler='rflow', guidance=7.,
-                     frames=51, height=240, width=426, precision='bf16', checkpointing=True, save_every=5)
+                     frames=51, height=240, width=426, precision='bf16', tricks='layers', save_every=5)
 opensora_small = dict(sampler='rflow', frames=17, eval_every=10)
 
 modelscope_full = dict(steps=300, batch=1, accumulate=16, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='dpm++', guidance=9.,
-                       frames=16, height=256, width=256, precision='fp16', checkpointing=True, save_every=5)
+                       frames=16, height=256, width=256, precision='fp16', tricks='layers', save_every=5)
 
 # %% ../nbs/25_experiments.ipynb #ae07b1ad
 EXPERIMENTS = {
@@ -201,9 +200,7 @@ def load(
 ):  # -> `VideoModel`, `Reward`
     "The base model and the reward of an experiment."
     e, device = find_experiment(config.experiment), own_device(device)
-    model, reward = e.base(config.scale, device), e.reward(config.scale, device)
-    if config.checkpointing: checkpoint_layers(reward)
-    return model, reward
+    return e.base(config.scale, device), e.reward(config.scale, device)
 
 # %% ../nbs/25_experiments.ipynb #680e9c54
 def run(

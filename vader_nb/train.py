@@ -8,19 +8,20 @@ __all__ = ['Config', 'check_config', 'vader_step', 'Run', 'make_accelerator', 's
            'peak_memory', 'summary', 'optimizer_step', 'run_state', 'load_checkpoint', 'make_trackers', 'begin', 'log',
            'look', 'due', 'save', 'close', 'steps', 'fit', 'seconds', 'part_seconds', 'bench_step']
 
-# %% ../nbs/20_train.ipynb #737e220b
+# %% ../nbs/20_train.ipynb #7b49f4b5
 import contextlib, math, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from .core import VaderError, check, generator, write_json
-from .memory import add_lora, checkpoint_activations, pick_frames
+from .memory import add_lora, pick_frames
 from .rollout import differentiable_latents
 from .runs import (append_line, batches, check_folder, checkpoints, cut_lines, evaluate, finish, mix, random_state, read_checkpoint,
                            read_lines, set_random_state, write_checkpoint)
+from .tricks import adam, check_tricks, use_tricks
 
-# %% ../nbs/20_train.ipynb #0542a5a1
+# %% ../nbs/20_train.ipynb #b0ae4a76
 @dataclass
 class Config:
     "Everything that decides a run."
@@ -45,18 +46,18 @@ class Config:
     width: int = 64
     decode: int = 1             # random frames that a frame reward is shown
     precision: str = 'fp32'     # 'fp32', 'fp16' or 'bf16'
-    checkpointing: bool = False # recompute activations instead of keeping them
+    tricks: str = ''            # words of `TRICKS` (13b_tricks), such as 'layers passes', for less memory
     eval_every: int = 0         # steps between looks at held-out prompts; 0: before and after only
     save_every: int = 10        # steps between checkpoints
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/20_train.ipynb #775f685f
+# %% ../nbs/20_train.ipynb #b5eaf1a4
 _words = dict(scale=('small', 'full'), where=('last', 'x0'), sampler=('ddpm', 'ddim', 'dpm++', 'euler', 'rflow'), precision=('fp32', 'fp16', 'bf16'))
 _least = dict(dict.fromkeys('steps batch accumulate rank T K frames height width decode save_every'.split(), 1), seed=0, eval_every=0)
 _kinds = dict(int='a whole number', float='a number', str='a word', bool='True or False')
 
-# %% ../nbs/20_train.ipynb #42def1ea
+# %% ../nbs/20_train.ipynb #c87a3fe9
 def _check_kind(
     name,  # of a field
     kind,  # its type
@@ -75,8 +76,9 @@ def check_config(c: Config):
     check(c.K <= c.T, f'K is {c.K}, but only T = {c.T} steps are taken: choose K from 1 to {c.T}')
     check(c.decode <= c.frames, f'decode is {c.decode}, but a clip has {c.frames} frames: choose 1 to {c.frames}')
     check(0 <= c.eta <= 1, f'eta is {c.eta}, but must lie between 0 and 1')
+    check_tricks(c.tricks)
 
-# %% ../nbs/20_train.ipynb #dde06ed1
+# %% ../nbs/20_train.ipynb #f231eeed
 def vader_step(
     model,      # a `VideoModel` with LoRA
     reward,     # a `Reward`
@@ -94,7 +96,7 @@ def vader_step(
     scores = reward.combine(parts).float()
     return -scores.mean(), {**parts, 'reward': scores}
 
-# %% ../nbs/20_train.ipynb #cbf6d950
+# %% ../nbs/20_train.ipynb #bf9bcb6a
 @dataclass
 class Run:
     "A training under way."
@@ -110,7 +112,7 @@ class Run:
     skipped: int = 0     # steps that the loss scaler has skipped in a row
     trackers: list = field(default_factory=list)
 
-# %% ../nbs/20_train.ipynb #360c1641
+# %% ../nbs/20_train.ipynb #a6dd3fe1
 def make_accelerator(
     precision='fp32',  # 'fp32', 'fp16' or 'bf16'
     device='cpu',      # where the model is
@@ -124,9 +126,10 @@ def make_accelerator(
     return Accelerator(cpu=cpu, mixed_precision='no' if precision == 'fp32' else precision,
                        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
 
-# %% ../nbs/20_train.ipynb #ef5d0ac8
+# %% ../nbs/20_train.ipynb #764217cc
 def start(
     model,   # a `VideoModel` without LoRA
+    reward,  # a `Reward`, which the tricks change too
     config,  # a `Config`
     folder,  # the run folder
 ):  # -> `Run`
@@ -136,15 +139,15 @@ def start(
     check(b % accelerator.num_processes == 0, f'a batch of {b} cannot be shared evenly by {accelerator.num_processes} processes: choose a multiple')
     set_seed(config.seed, device_specific=True)  # for a reward or model that draws from the global states
     weights = add_lora(model, config.rank, config.alpha, seed=config.seed)
-    if config.checkpointing: checkpoint_activations(model)
+    use_tricks(model, reward, config.tricks)     # before DDP wraps the denoiser
     names = {id(p): name for name, p in model.denoiser.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
-        model.denoiser, optimizer = accelerator.prepare(model.denoiser, torch.optim.AdamW(weights, config.lr))
+        model.denoiser, optimizer = accelerator.prepare(model.denoiser, adam(weights, config.lr, 'adam8' in config.tricks.split()))
     model.denoiser.eval()  # the wrapper too: it is born in train mode, and would put what it holds back there
     return Run(config, Path(folder), model, accelerator, optimizer, {names[id(p)]: p for p in weights})
 
-# %% ../nbs/20_train.ipynb #cbbe66fa
+# %% ../nbs/20_train.ipynb #1e487502
 def draw_prompts(
     prompts,    # the training prompts
     n,          # how many to draw
@@ -154,7 +157,7 @@ def draw_prompts(
     order = torch.randperm(len(prompts), generator=generator).tolist()
     return [prompts[i] for i in (order * math.ceil(n / len(order)))[:n]]
 
-# %% ../nbs/20_train.ipynb #c2e86695
+# %% ../nbs/20_train.ipynb #f694abb0
 def pass_generator(
     run,
     number,  # of the pass within the coming step
@@ -163,7 +166,7 @@ def pass_generator(
     a = run.accelerator
     return generator(mix(run.config.seed, run.step, number), share=(a.process_index, a.num_processes))
 
-# %% ../nbs/20_train.ipynb #3b24c095
+# %% ../nbs/20_train.ipynb #1d405d0d
 @contextlib.contextmanager
 def counted(run):
     "Count the clips that go through the denoiser within this block, over all processes."
@@ -172,7 +175,7 @@ def counted(run):
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/20_train.ipynb #dd546603
+# %% ../nbs/20_train.ipynb #8c62ebe8
 def where_we_are(run):
     "The end of an error message: which step, and what is safe."
     last = checkpoints(run.folder)[-1:]
@@ -193,7 +196,7 @@ def forward(run, step_fn, reward, prompts, generator):
         with run.accelerator.autocast(): return step_fn(run.model, reward, prompts, run.config, generator)
     except VaderError as e: raise VaderError(f'{e} ({where_we_are(run)})') from None
 
-# %% ../nbs/20_train.ipynb #e2ec993c
+# %% ../nbs/20_train.ipynb #57385189
 def one_pass(
     run, step_fn, reward,
     prompts,  # all training prompts
@@ -209,7 +212,7 @@ def one_pass(
         a.backward(loss / c.accumulate)
     return record
 
-# %% ../nbs/20_train.ipynb #ac2b6f84
+# %% ../nbs/20_train.ipynb #58183132
 def check_gradient(
     run,
     norm,  # of the whole gradient
@@ -227,7 +230,7 @@ def clip_gradient(run):
     if norm.isfinite(): torch.nn.utils.clip_grads_with_norm_(run.weights.values(), run.config.clip, norm)
     return norm.item()
 
-# %% ../nbs/20_train.ipynb #7996e640
+# %% ../nbs/20_train.ipynb #e397e7c1
 def peak_memory(device):
     "The most bytes in use so far: by torch on a GPU, by the whole process on a CPU."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
@@ -245,7 +248,7 @@ def summary(
     return dict(step=run.step, loss=means.pop('loss'), reward=means.pop('reward'), **means, gradient_norm=norm if math.isfinite(norm) else None,
                 reward_queries=run.queries, denoiser_passes=run.passes, seconds=time.perf_counter() - began, peak_memory=peak_memory(run.accelerator.device))
 
-# %% ../nbs/20_train.ipynb #f083151d
+# %% ../nbs/20_train.ipynb #6a3c14ed
 def optimizer_step(run, step_fn, reward, prompts):  # -> dict, the line for the log
     "All passes of a step, then the optimizer."
     began = time.perf_counter()
@@ -256,7 +259,7 @@ def optimizer_step(run, step_fn, reward, prompts):  # -> dict, the line for the 
     run.queries += sum(len(r['reward']) for r in records)
     return summary(run, records, norm, began)
 
-# %% ../nbs/20_train.ipynb #6db2574a
+# %% ../nbs/20_train.ipynb #3ca5c349
 _counters = ('step', 'queries', 'passes', 'skipped')
 
 def run_state(run):  # -> dict of numbers and tensors
@@ -278,7 +281,7 @@ def load_checkpoint(
     if state['scaler'] and run.accelerator.scaler: run.accelerator.scaler.load_state_dict(state['scaler'])
     set_random_state(state['random'][run.accelerator.process_index % len(state['random'])])
 
-# %% ../nbs/20_train.ipynb #1f564e0c
+# %% ../nbs/20_train.ipynb #75da56db
 def make_trackers(
     run,
     wandb=False,
@@ -304,7 +307,7 @@ def begin(
     for name in ('metrics.jsonl', 'eval.jsonl'): cut_lines(run.folder/name, run.step)
     run.trackers = make_trackers(run, wandb)
 
-# %% ../nbs/20_train.ipynb #d307920b
+# %% ../nbs/20_train.ipynb #7aaedd5a
 def log(
     run,
     name,    # of a file in the run folder
@@ -327,7 +330,7 @@ def look(
     share = run.accelerator.process_index, run.accelerator.num_processes
     log(run, 'eval.jsonl', dict(step=run.step, **evaluate(run.model, reward, tests, run.config, judge, bar, share)))
 
-# %% ../nbs/20_train.ipynb #3d6ff645
+# %% ../nbs/20_train.ipynb #183f0486
 def due(
     run,
     every,  # steps; 0: at the end only
@@ -346,7 +349,7 @@ def close(run):
     run.accelerator.free_memory()
     for t in run.trackers: t.finish()
 
-# %% ../nbs/20_train.ipynb #32fdd03c
+# %% ../nbs/20_train.ipynb #2f4720e9
 def steps(run, step_fn, reward, prompts, tests, judge, progress):
     "The remaining steps of a run, each with its line and what is due after it."
     if run.step == 0: look(run, reward, tests, judge, progress)
@@ -359,7 +362,7 @@ def steps(run, step_fn, reward, prompts, tests, judge, progress):
             bar.set_postfix(reward=f'{record["reward"]:.3f}'); bar.update()
             yield record
 
-# %% ../nbs/20_train.ipynb #52201394
+# %% ../nbs/20_train.ipynb #0695a099
 def fit(
     model,               # a `VideoModel` without LoRA; it has one afterwards
     reward,              # a `Reward`
@@ -377,7 +380,7 @@ def fit(
     check_folder(folder, asdict(config), resume)
     check(len(prompts) > 0, 'there are no training prompts: give at least one')
     for _, some in batches([*prompts, *tests], 8): model.encode(some, config.frames, config.height, config.width)  # complain now, not in an hour
-    run = start(model, config, folder)
+    run = start(model, reward, config, folder)
     main = run.accelerator.is_main_process
     try:
         begin(run, wandb)
@@ -386,7 +389,7 @@ def fit(
     if main: finish(model, config, asdict(config), run.folder, [*tests, *prompts])
     run.accelerator.wait_for_everyone()
 
-# %% ../nbs/20_train.ipynb #62b07f5e
+# %% ../nbs/20_train.ipynb #6dcc7fff
 def seconds(
     fn,  # function without arguments
 ):
@@ -414,7 +417,7 @@ def part_seconds(
     parts['reward'] = seconds(lambda: reward(video, prompts, g).sum().backward())
     return parts
 
-# %% ../nbs/20_train.ipynb #b9682a51
+# %% ../nbs/20_train.ipynb #783c9c34
 def bench_step(
     model,      # a `VideoModel` without LoRA
     reward,     # a `Reward`
@@ -424,7 +427,7 @@ def bench_step(
     repeats=5,  # of both, in turns
 ):  # -> (list of dicts of parts, list of seconds of whole steps)
     "Time whole steps of `fit` (last K steps, one pass) and their parts alone, interleaved."
-    run = start(model, replace(config, where='last', accumulate=1), folder)
+    run = start(model, reward, replace(config, where='last', accumulate=1), folder)
     begin(run)
     def whole(): log(run, 'metrics.jsonl', optimizer_step(run, vader_step, reward, prompts))
     batch = draw_prompts(prompts, config.batch, generator(0))
