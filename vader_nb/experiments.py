@@ -9,7 +9,7 @@ __all__ = ['ACTIONS', 'KINETICS_LABELS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'v
            'creative_prompts', 'load_hps21', 'load_hps_aesthetic', 'find_experiment', 'experiment_config', 'own_device',
            'load', 'run']
 
-# %% ../nbs/25_experiments.ipynb #56b0d61a
+# %% ../nbs/25_experiments.ipynb #ae4dba3e
 from dataclasses import asdict, dataclass, field
 import torch
 from .core import check, pick_device
@@ -26,7 +26,7 @@ from .runs import check_folder
 from .train import Config, fit
 from .world import a_or_an, prompts as world_prompts
 
-# %% ../nbs/25_experiments.ipynb #dd4feaba
+# %% ../nbs/25_experiments.ipynb #c05f203b
 ACTIONS = '''a man rowing a boat across a lake; a woman painting a wall; a child flying a kite; two girls dancing in the rain; an old man reading a newspaper
 a chef cutting onions; a boy throwing a ball; a woman playing the violin; a farmer driving a tractor; a surfer on a big wave
 a girl blowing out candles; a man chopping wood; a couple walking along a beach; a nurse drinking coffee; a boy jumping into a pool
@@ -38,13 +38,13 @@ a bear catching salmon; a lion yawning; an elephant spraying water; a squirrel e
 a train crossing a bridge; a rocket taking off; a ship sailing in a storm; a hot-air balloon rising; a car driving through a desert
 a robot watering a plant; an astronaut floating in space; a snowman melting in the sun; a candle burning in the dark; leaves falling in autumn'''.replace('\n', '; ').split('; ')
 
-# %% ../nbs/25_experiments.ipynb #7c74a891
+# %% ../nbs/25_experiments.ipynb #f06e9b63
 KINETICS_LABELS = '''playing piano; playing guitar; playing violin; playing cello; playing drums; playing chess; playing cards; playing badminton; playing tennis; playing basketball
 eating doughnuts; eating watermelon; eating spaghetti; eating burger; eating ice cream; drinking beer; flipping pancake; making pizza; washing dishes; cutting pineapple
 riding a bike; riding scooter; riding camel; riding unicycle; skateboarding; jogging; dancing ballet; juggling balls; jumping into pool; climbing tree
 chopping wood; shoveling snow; flying kite; throwing discus; doing aerobics; blowing out candles; reading book; writing; spray painting; watering plants'''.replace('\n', '; ').split('; ')
 
-# %% ../nbs/25_experiments.ipynb #61215ff5
+# %% ../nbs/25_experiments.ipynb #b9af4080
 COMMON_ANIMALS = '''cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish shark whale
 dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo'''.split()
 TEST_ACTIVITIES = ['riding a bike', 'playing chess', 'washing dishes']
@@ -53,14 +53,14 @@ def activity_prompts():
     "A held-out prompt for each of the 45 animals, with the three activities in turn."
     return [f'{a_or_an(a)} {TEST_ACTIVITIES[i % 3]}' for i, a in enumerate(COMMON_ANIMALS)]
 
-# %% ../nbs/25_experiments.ipynb #b562e4cc
+# %% ../nbs/25_experiments.ipynb #37709eac
 def spread(
     items,  # an odd number of them
 ):
     "The same items in another order, each time the fourth next, so that neighbours have little in common."
     return [items[4 * i % len(items)] for i in range(len(items))]
 
-# %% ../nbs/25_experiments.ipynb #86338745
+# %% ../nbs/25_experiments.ipynb #002f43f7
 @dataclass
 class Experiment:
     "One of the paper's experiments."
@@ -72,7 +72,7 @@ class Experiment:
     small: dict = field(default_factory=dict)  # settings at small scale
     full: dict = field(default_factory=dict)   # settings at full scale
 
-# %% ../nbs/25_experiments.ipynb #33223a66
+# %% ../nbs/25_experiments.ipynb #e2bdb5e4
 def action_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
@@ -88,7 +88,7 @@ def hat_prompts(
     hats = [spread(world_prompts('hats', split)) for split in ('train', 'test')]
     return [[p for pair in zip(*both) for p in pair] for both in zip(hats, action_prompts(scale))]
 
-# %% ../nbs/25_experiments.ipynb #475da0a4
+# %% ../nbs/25_experiments.ipynb #f4e35782
 def animal_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
@@ -103,7 +103,7 @@ def book_prompts(
     if scale == 'small': return [spread(world_prompts('books', split)) for split in ('train', 'test')]
     return [[f'{p} next to a book' for p in split] for split in animal_prompts(scale)]
 
-# %% ../nbs/25_experiments.ipynb #cb146d2c
+# %% ../nbs/25_experiments.ipynb #84a53bf0
 def label_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
@@ -120,7 +120,7 @@ def creative_prompts(
     odd = [f'{a_or_an(a)} {doing}' for a in COMMON_ANIMALS for doing in ('wearing a red hat and reading a book', 'playing the violin on a stage', 'in a raincoat beside a cup of tea')]
     return odd[:99], odd[99:]
 
-# %% ../nbs/25_experiments.ipynb #8c05fda6
+# %% ../nbs/25_experiments.ipynb #603f8985
 def load_hps21(
     scale='small',  # 'small' or 'full'
     device=None,    # as in `pick_device`
@@ -135,7 +135,7 @@ def load_hps_aesthetic(
     "HPSv2.1 and a tenth of the aesthetic score, the weights that the two have in the authors' losses."
     return load_hps(scale, device, version='2.1') + .1 * load_aesthetic(scale, device)
 
-# %% ../nbs/25_experiments.ipynb #92ee2e75
+# %% ../nbs/25_experiments.ipynb #846fb54f
 videocrafter_full = dict(steps=450, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='ddim', eta=1., guidance=12.,
                          frames=12, height=320, width=512, precision='fp16', tricks='layers', save_every=5)
 videocrafter_small = dict(T=10, eval_every=10)  # a T that divides 1000: its sampler would take 13 steps for 12
@@ -147,7 +147,7 @@ opensora_small = dict(sampler='rflow', frames=17, eval_every=10)
 modelscope_full = dict(steps=300, batch=1, accumulate=16, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='dpm++', guidance=9.,
                        frames=16, height=256, width=256, precision='fp16', tricks='layers', save_every=5)
 
-# %% ../nbs/25_experiments.ipynb #ae07b1ad
+# %% ../nbs/25_experiments.ipynb #6daed8f2
 EXPERIMENTS = {
     'modelscope-aesthetic': Experiment('Figures 6 and 7, Table 1', 'ModelScope learns to please the aesthetic predictor', load_modelscope, load_aesthetic,
                                        action_prompts, dict(eval_every=10), modelscope_full),
@@ -167,7 +167,7 @@ EXPERIMENTS = {
     'opensora-hps21': Experiment('Figure 6', 'Open-Sora learns what people like', load_opensora, load_hps21, hat_prompts, opensora_small, opensora_full),
 }
 
-# %% ../nbs/25_experiments.ipynb #de00102c
+# %% ../nbs/25_experiments.ipynb #ee596e27
 def find_experiment(
     name,
 ):  # -> `Experiment`
@@ -185,7 +185,7 @@ def experiment_config(
     check(scale in ('small', 'full'), f'unknown scale {scale!r}: use small or full')
     return Config(**{**getattr(e, scale), **changes, 'experiment': name, 'scale': scale})
 
-# %% ../nbs/25_experiments.ipynb #d32547aa
+# %% ../nbs/25_experiments.ipynb #5991124c
 def own_device(
     name=None,  # as in `pick_device`
 ):
@@ -202,7 +202,7 @@ def load(
     e, device = find_experiment(config.experiment), own_device(device)
     return e.base(config.scale, device), e.reward(config.scale, device)
 
-# %% ../nbs/25_experiments.ipynb #680e9c54
+# %% ../nbs/25_experiments.ipynb #b47ecd3f
 def run(
     config,         # a `Config` of one of `EXPERIMENTS`
     folder,         # the run folder

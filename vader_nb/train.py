@@ -8,7 +8,7 @@ __all__ = ['Config', 'check_config', 'vader_step', 'Run', 'make_accelerator', 's
            'peak_memory', 'summary', 'optimizer_step', 'run_state', 'load_checkpoint', 'make_trackers', 'begin', 'log',
            'look', 'due', 'save', 'close', 'steps', 'fit', 'seconds', 'part_seconds', 'bench_step']
 
-# %% ../nbs/20_train.ipynb #7b49f4b5
+# %% ../nbs/20_train.ipynb #ed09a448
 import contextlib, math, sys, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .runs import (append_line, batches, check_folder, checkpoints, cut_lines, e
                            read_lines, set_random_state, write_checkpoint)
 from .tricks import adam, check_tricks, use_tricks
 
-# %% ../nbs/20_train.ipynb #b0ae4a76
+# %% ../nbs/20_train.ipynb #dd8774d4
 @dataclass
 class Config:
     "Everything that decides a run."
@@ -52,12 +52,12 @@ class Config:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/20_train.ipynb #b5eaf1a4
+# %% ../nbs/20_train.ipynb #e2f4b630
 _words = dict(scale=('small', 'full'), where=('last', 'x0'), sampler=('ddpm', 'ddim', 'dpm++', 'euler', 'rflow'), precision=('fp32', 'fp16', 'bf16'))
 _least = dict(dict.fromkeys('steps batch accumulate rank T K frames height width decode save_every'.split(), 1), seed=0, eval_every=0)
 _kinds = dict(int='a whole number', float='a number', str='a word', bool='True or False')
 
-# %% ../nbs/20_train.ipynb #c87a3fe9
+# %% ../nbs/20_train.ipynb #987fd783
 def _check_kind(
     name,  # of a field
     kind,  # its type
@@ -78,7 +78,7 @@ def check_config(c: Config):
     check(0 <= c.eta <= 1, f'eta is {c.eta}, but must lie between 0 and 1')
     check_tricks(c.tricks)
 
-# %% ../nbs/20_train.ipynb #f231eeed
+# %% ../nbs/20_train.ipynb #8196ef9c
 def vader_step(
     model,      # a `VideoModel` with LoRA
     reward,     # a `Reward`
@@ -96,7 +96,7 @@ def vader_step(
     scores = reward.combine(parts).float()
     return -scores.mean(), {**parts, 'reward': scores}
 
-# %% ../nbs/20_train.ipynb #bf9bcb6a
+# %% ../nbs/20_train.ipynb #4362491e
 @dataclass
 class Run:
     "A training under way."
@@ -112,7 +112,7 @@ class Run:
     skipped: int = 0     # steps that the loss scaler has skipped in a row
     trackers: list = field(default_factory=list)
 
-# %% ../nbs/20_train.ipynb #a6dd3fe1
+# %% ../nbs/20_train.ipynb #a25b86ab
 def make_accelerator(
     precision='fp32',  # 'fp32', 'fp16' or 'bf16'
     device='cpu',      # where the model is
@@ -126,7 +126,7 @@ def make_accelerator(
     return Accelerator(cpu=cpu, mixed_precision='no' if precision == 'fp32' else precision,
                        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
 
-# %% ../nbs/20_train.ipynb #764217cc
+# %% ../nbs/20_train.ipynb #544c24e5
 def start(
     model,   # a `VideoModel` without LoRA
     reward,  # a `Reward`, which the tricks change too
@@ -147,7 +147,7 @@ def start(
     model.denoiser.eval()  # the wrapper too: it is born in train mode, and would put what it holds back there
     return Run(config, Path(folder), model, accelerator, optimizer, {names[id(p)]: p for p in weights})
 
-# %% ../nbs/20_train.ipynb #1e487502
+# %% ../nbs/20_train.ipynb #ff8f049d
 def draw_prompts(
     prompts,    # the training prompts
     n,          # how many to draw
@@ -157,7 +157,7 @@ def draw_prompts(
     order = torch.randperm(len(prompts), generator=generator).tolist()
     return [prompts[i] for i in (order * math.ceil(n / len(order)))[:n]]
 
-# %% ../nbs/20_train.ipynb #f694abb0
+# %% ../nbs/20_train.ipynb #02c7d820
 def pass_generator(
     run,
     number,  # of the pass within the coming step
@@ -166,7 +166,7 @@ def pass_generator(
     a = run.accelerator
     return generator(mix(run.config.seed, run.step, number), share=(a.process_index, a.num_processes))
 
-# %% ../nbs/20_train.ipynb #1d405d0d
+# %% ../nbs/20_train.ipynb #bdf0f6ba
 @contextlib.contextmanager
 def counted(run):
     "Count the clips that go through the denoiser within this block, over all processes."
@@ -175,7 +175,7 @@ def counted(run):
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/20_train.ipynb #8c62ebe8
+# %% ../nbs/20_train.ipynb #d4e1dd2c
 def where_we_are(run):
     "The end of an error message: which step, and what is safe."
     last = checkpoints(run.folder)[-1:]
@@ -196,7 +196,7 @@ def forward(run, step_fn, reward, prompts, generator):
         with run.accelerator.autocast(): return step_fn(run.model, reward, prompts, run.config, generator)
     except VaderError as e: raise VaderError(f'{e} ({where_we_are(run)})') from None
 
-# %% ../nbs/20_train.ipynb #57385189
+# %% ../nbs/20_train.ipynb #61970081
 def one_pass(
     run, step_fn, reward,
     prompts,  # all training prompts
@@ -212,7 +212,7 @@ def one_pass(
         a.backward(loss / c.accumulate)
     return record
 
-# %% ../nbs/20_train.ipynb #58183132
+# %% ../nbs/20_train.ipynb #04eb055e
 def check_gradient(
     run,
     norm,  # of the whole gradient
@@ -230,7 +230,7 @@ def clip_gradient(run):
     if norm.isfinite(): torch.nn.utils.clip_grads_with_norm_(run.weights.values(), run.config.clip, norm)
     return norm.item()
 
-# %% ../nbs/20_train.ipynb #e397e7c1
+# %% ../nbs/20_train.ipynb #d47643f8
 def peak_memory(device):
     "The most bytes in use so far: by torch on a GPU, by the whole process on a CPU."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
@@ -248,7 +248,7 @@ def summary(
     return dict(step=run.step, loss=means.pop('loss'), reward=means.pop('reward'), **means, gradient_norm=norm if math.isfinite(norm) else None,
                 reward_queries=run.queries, denoiser_passes=run.passes, seconds=time.perf_counter() - began, peak_memory=peak_memory(run.accelerator.device))
 
-# %% ../nbs/20_train.ipynb #6a3c14ed
+# %% ../nbs/20_train.ipynb #1466a431
 def optimizer_step(run, step_fn, reward, prompts):  # -> dict, the line for the log
     "All passes of a step, then the optimizer."
     began = time.perf_counter()
@@ -259,7 +259,7 @@ def optimizer_step(run, step_fn, reward, prompts):  # -> dict, the line for the 
     run.queries += sum(len(r['reward']) for r in records)
     return summary(run, records, norm, began)
 
-# %% ../nbs/20_train.ipynb #3ca5c349
+# %% ../nbs/20_train.ipynb #a97367af
 _counters = ('step', 'queries', 'passes', 'skipped')
 
 def run_state(run):  # -> dict of numbers and tensors
@@ -281,7 +281,7 @@ def load_checkpoint(
     if state['scaler'] and run.accelerator.scaler: run.accelerator.scaler.load_state_dict(state['scaler'])
     set_random_state(state['random'][run.accelerator.process_index % len(state['random'])])
 
-# %% ../nbs/20_train.ipynb #75da56db
+# %% ../nbs/20_train.ipynb #4eb0b763
 def make_trackers(
     run,
     wandb=False,
@@ -307,7 +307,7 @@ def begin(
     for name in ('metrics.jsonl', 'eval.jsonl'): cut_lines(run.folder/name, run.step)
     run.trackers = make_trackers(run, wandb)
 
-# %% ../nbs/20_train.ipynb #7aaedd5a
+# %% ../nbs/20_train.ipynb #db4310c5
 def log(
     run,
     name,    # of a file in the run folder
@@ -330,7 +330,7 @@ def look(
     share = run.accelerator.process_index, run.accelerator.num_processes
     log(run, 'eval.jsonl', dict(step=run.step, **evaluate(run.model, reward, tests, run.config, judge, bar, share)))
 
-# %% ../nbs/20_train.ipynb #183f0486
+# %% ../nbs/20_train.ipynb #75e8fdea
 def due(
     run,
     every,  # steps; 0: at the end only
@@ -349,7 +349,7 @@ def close(run):
     run.accelerator.free_memory()
     for t in run.trackers: t.finish()
 
-# %% ../nbs/20_train.ipynb #2f4720e9
+# %% ../nbs/20_train.ipynb #9c7db1e9
 def steps(run, step_fn, reward, prompts, tests, judge, progress):
     "The remaining steps of a run, each with its line and what is due after it."
     if run.step == 0: look(run, reward, tests, judge, progress)
@@ -362,7 +362,7 @@ def steps(run, step_fn, reward, prompts, tests, judge, progress):
             bar.set_postfix(reward=f'{record["reward"]:.3f}'); bar.update()
             yield record
 
-# %% ../nbs/20_train.ipynb #0695a099
+# %% ../nbs/20_train.ipynb #c93acb7f
 def fit(
     model,               # a `VideoModel` without LoRA; it has one afterwards
     reward,              # a `Reward`
@@ -389,7 +389,7 @@ def fit(
     if main: finish(model, config, asdict(config), run.folder, [*tests, *prompts])
     run.accelerator.wait_for_everyone()
 
-# %% ../nbs/20_train.ipynb #6dcc7fff
+# %% ../nbs/20_train.ipynb #eb4838b6
 def seconds(
     fn,  # function without arguments
 ):
@@ -417,7 +417,7 @@ def part_seconds(
     parts['reward'] = seconds(lambda: reward(video, prompts, g).sum().backward())
     return parts
 
-# %% ../nbs/20_train.ipynb #783c9c34
+# %% ../nbs/20_train.ipynb #9699b1d1
 def bench_step(
     model,      # a `VideoModel` without LoRA
     reward,     # a `Reward`
