@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Condition', 'check_prompts', 'check_frames', 'check_size', 'VideoModel']
 
-# %% ../nbs/06_video_model.ipynb #5f1db704
+# %% ../nbs/06_video_model.ipynb #22fccea3
 from dataclasses import dataclass, field
 import torch
+from fastcore.basics import patch
 from .core import check, from_frames, randn, swap_cf, to_frames
 from .samplers import sampler_from_config
 
-# %% ../nbs/06_video_model.ipynb #c522c7f1
+# %% ../nbs/06_video_model.ipynb #6ab5094f
 @dataclass
 class Condition:
     "What the denoiser is told besides the latents and the time, for a batch of clips."
@@ -41,7 +42,7 @@ class Condition:
         extra = {k: torch.cat([v, v]) for k, v in self.extra.items()}
         return Condition(torch.cat([self.uncond, self.embeds]), torch.cat([self.uncond, self.uncond]), extra)
 
-# %% ../nbs/06_video_model.ipynb #f3ee9829
+# %% ../nbs/06_video_model.ipynb #b68fa82e
 def check_prompts(prompts):
     "The prompts as a list; raises `VaderError` unless each is a text with something in it."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -49,7 +50,7 @@ def check_prompts(prompts):
     for p in prompts: check(isinstance(p, str) and p.strip(), f'a prompt must be a text that is not empty, got {p!r}')
     return prompts
 
-# %% ../nbs/06_video_model.ipynb #7f8c6bd4
+# %% ../nbs/06_video_model.ipynb #31a3c5e2
 def check_frames(frames, n):
     "The frame numbers `frames` (one or several) as a list; raises `VaderError` unless each lies in `0..n-1`."
     frames = torch.as_tensor(frames).reshape(-1).tolist()
@@ -57,7 +58,7 @@ def check_frames(frames, n):
           f'frames are {frames}, but a clip of {n} has whole numbers from 0 to {n-1}')
     return frames
 
-# %% ../nbs/06_video_model.ipynb #d5c89d55
+# %% ../nbs/06_video_model.ipynb #fb16f1ee
 def check_size(frames, height, width, scale):
     "Raise `VaderError` unless there is a frame and both sides are multiples of `scale`, the pixels per latent."
     check(isinstance(frames, int) and frames > 0, f'a clip needs 1 frame or more, got {frames}')
@@ -65,7 +66,7 @@ def check_size(frames, height, width, scale):
         check(isinstance(side, int) and side > 0 and side % scale == 0,
               f'a clip of {height}x{width} pixels does not fit this model: both must be multiples of {scale}')
 
-# %% ../nbs/06_video_model.ipynb #ccf073d1
+# %% ../nbs/06_video_model.ipynb #0537604b
 class VideoModel:
     "What this library knows of a base model; a subclass brings `embed`, `denoise` and `to_pixels`."
     name = 'video model'
@@ -85,55 +86,67 @@ class VideoModel:
     @property
     def dtype(self): return next(self.denoiser.parameters()).dtype
 
-    def size(self, *size):
-        "The asked frames, height and width, with this model's own in the place of None; raises `VaderError`."
-        size = [own if asked is None else asked for asked, own in zip(size, self.native_size)]
-        check_size(*size, self.vae_scale)
-        return size
+# %% ../nbs/06_video_model.ipynb #70a65ab8
+@patch
+def size(self: VideoModel, *size):
+    "The asked frames, height and width, with this model's own in the place of None; raises `VaderError`."
+    size = [own if asked is None else asked for asked, own in zip(size, self.native_size)]
+    check_size(*size, self.vae_scale)
+    return size
 
-    def embeds(self, prompts):
-        "Embeddings of `prompts`, each read once only: the text encoder is frozen."
-        new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
-        if new:
-            with torch.no_grad(): self.cache.update(zip(new, self.embed(new)))
-        return torch.stack([self.cache[p] for p in prompts]).to(self.device)
+@patch
+def noise(self: VideoModel, n, frames=None, height=None, width=None, generator=None):
+    "Latents `(n,c,f,h,w)` of unit noise; the same generator state draws the same noise on every device."
+    f, h, w = self.size(frames, height, width)
+    return randn((n, self.latent_channels, f, h // self.vae_scale, w // self.vae_scale), generator, self.device)
 
-    def encode(self, prompts, frames=None, height=None, width=None, generator=None):
-        "The `Condition` for one clip per prompt; raises `VaderError`."
-        self.size(frames, height, width)
-        prompts = check_prompts(prompts)
-        return Condition(self.embeds(prompts), self.embeds([''] * len(prompts)))
+# %% ../nbs/06_video_model.ipynb #4d5ddaa5
+@patch
+def embeds(self: VideoModel, prompts):
+    "Embeddings of `prompts`, each read once only: the text encoder is frozen."
+    new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+    if new:
+        with torch.no_grad(): self.cache.update(zip(new, self.embed(new)))
+    return torch.stack([self.cache[p] for p in prompts]).to(self.device)
 
-    def noise(self, n, frames=None, height=None, width=None, generator=None):
-        "Latents `(n,c,f,h,w)` of unit noise; the same generator state draws the same noise on every device."
-        f, h, w = self.size(frames, height, width)
-        return randn((n, self.latent_channels, f, h // self.vae_scale, w // self.vae_scale), generator, self.device)
+@patch
+def encode(self: VideoModel, prompts, frames=None, height=None, width=None, generator=None):
+    "The `Condition` for one clip per prompt; raises `VaderError`."
+    self.size(frames, height, width)
+    prompts = check_prompts(prompts)
+    return Condition(self.embeds(prompts), self.embeds([''] * len(prompts)))
 
-    def check_input(self, x_t, cond, guidance):
-        "Raise `VaderError` unless latents, condition and guidance fit each other and this model."
-        check(x_t.dim() == 5 and x_t.shape[1] == self.latent_channels,
-              f'latents must be (b,{self.latent_channels},f,h,w), got {tuple(x_t.shape)}')
-        check(len(x_t) == len(cond), f'{len(x_t)} latents came with {len(cond)} prompts: there must be one for each')
-        check(not torch.is_tensor(guidance) or guidance.dim() in (0, 5),
-              f'a guidance tensor must have 5 axes, like (b,1,1,1,1) or (1,1,f,1,1), got {tuple(getattr(guidance, "shape", ()))}')
-        for v in (x_t, cond.embeds):
-            check(v.device == self.device, f'{self.name} is on {self.device} but its input on {v.device}: move one of them')
+# %% ../nbs/06_video_model.ipynb #38a2114d
+@patch
+def check_input(self: VideoModel, x_t, cond, guidance):
+    "Raise `VaderError` unless latents, condition and guidance fit each other and this model."
+    check(x_t.dim() == 5 and x_t.shape[1] == self.latent_channels,
+          f'latents must be (b,{self.latent_channels},f,h,w), got {tuple(x_t.shape)}')
+    check(len(x_t) == len(cond), f'{len(x_t)} latents came with {len(cond)} prompts: there must be one for each')
+    check(not torch.is_tensor(guidance) or guidance.dim() in (0, 5),
+          f'a guidance tensor must have 5 axes, like (b,1,1,1,1) or (1,1,f,1,1), got {tuple(getattr(guidance, "shape", ()))}')
+    for v in (x_t, cond.embeds):
+        check(v.device == self.device, f'{self.name} is on {self.device} but its input on {v.device}: move one of them')
 
-    def predict(self, x_t, t, cond, guidance=1.):
-        "What the denoiser predicts for latents `x_t` (b,c,f,h,w) at time `t`, under guidance; 1 means none, and one pass."
-        self.check_input(x_t, cond, guidance)
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        if not torch.is_tensor(guidance) and guidance == 1: return self.denoise(x_t, t, cond.embeds, **cond.extra)
-        both = cond.paired()
-        uncond, text = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both.embeds, **both.extra).chunk(2)
-        return uncond + guidance * (text - uncond)
+@patch
+def predict(self: VideoModel, x_t, t, cond, guidance=1.):
+    "What the denoiser predicts for latents `x_t` (b,c,f,h,w) at time `t`, under guidance; 1 means none, and one pass."
+    self.check_input(x_t, cond, guidance)
+    t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+    if not torch.is_tensor(guidance) and guidance == 1: return self.denoise(x_t, t, cond.embeds, **cond.extra)
+    both = cond.paired()
+    uncond, text = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both.embeds, **both.extra).chunk(2)
+    return uncond + guidance * (text - uncond)
 
-    def decode(self, latents, frames=None):
-        "Pixels `(b,f,3,H,W)` of the asked frames (all where None), around [0, 1] and not clamped."
-        z = swap_cf(latents)
-        if frames is not None: z = z[:, check_frames(frames, z.shape[1])]
-        return from_frames(self.to_pixels(to_frames(z)), len(z))
+# %% ../nbs/06_video_model.ipynb #91ec4e22
+@patch
+def decode(self: VideoModel, latents, frames=None):
+    "Pixels `(b,f,3,H,W)` of the asked frames (all where None), around [0, 1] and not clamped."
+    z = swap_cf(latents)
+    if frames is not None: z = z[:, check_frames(frames, z.shape[1])]
+    return from_frames(self.to_pixels(to_frames(z)), len(z))
 
-    def sampler(self, steps, kind='ddim', eta=0., size=()):
-        "A sampler of `steps` steps on this model's noise schedule, which may hang on the clip's `size`; `kind` as in `sampler_from_config`."
-        return sampler_from_config(self.scheduler.config, kind, steps, eta)
+@patch
+def sampler(self: VideoModel, steps, kind='ddim', eta=0., size=()):
+    "A sampler of `steps` steps on this model's noise schedule, which may hang on the clip's `size`; `kind` as in `sampler_from_config`."
+    return sampler_from_config(self.scheduler.config, kind, steps, eta)
