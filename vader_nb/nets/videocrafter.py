@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['per_frame', 'zero', 'TemporalConv', 'ResBlock', 'Attention', 'GEGLU', 'FeedForward', 'TransformerBlock',
-           'SpatialTransformer', 'TemporalTransformer', 'sinusoid', 'Downsample', 'Upsample', 'Stage', 'LVDM',
-           'lvdm_key', 'from_unet3d']
+           'SpatialTransformer', 'TemporalTransformer', 'sinusoid', 'Downsample', 'Upsample', 'Stage', 'res_block',
+           'transformers', 'stage', 'down_stages', 'skip_widths', 'up_stages', 'LVDM', 'lvdm_key', 'from_unet3d']
 
-# %% ../../nbs/08a_lvdm.ipynb #6a9cfefe
+# %% ../../nbs/08a_lvdm.ipynb #fe7e7187
 import math, re
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..core import check, swap_cf
 
-# %% ../../nbs/08a_lvdm.ipynb #3dad1f01
+# %% ../../nbs/08a_lvdm.ipynb #bb6ca814
 def per_frame(
     layer,     # takes pictures (n, c, h, w)
     x: Tensor, # (b, f, c, h, w)
@@ -23,7 +23,7 @@ def per_frame(
     "Apply a layer for pictures to each frame by itself."
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-# %% ../../nbs/08a_lvdm.ipynb #d9d41b30
+# %% ../../nbs/08a_lvdm.ipynb #78c4adfc
 def zero(
     layer: nn.Module,
 ):
@@ -31,7 +31,7 @@ def zero(
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
-# %% ../../nbs/08a_lvdm.ipynb #cf828064
+# %% ../../nbs/08a_lvdm.ipynb #461bd97d
 class TemporalConv(nn.Module):
     "Four convolutions over 3 frames, one pixel wide, beside an identity."
     def __init__(self,
@@ -48,7 +48,7 @@ class TemporalConv(nn.Module):
     def forward(self, x):
         return x + swap_cf(self.conv4(self.conv3(self.conv2(self.conv1(swap_cf(x))))))
 
-# %% ../../nbs/08a_lvdm.ipynb #489fb645
+# %% ../../nbs/08a_lvdm.ipynb #83b96a0a
 class ResBlock(nn.Module):
     "Two convolutions in space that are told the time step, then `TemporalConv` (the checkpoint's names, `temopral` included)."
     def __init__(self, i, o, # channels in and out
@@ -65,7 +65,7 @@ class ResBlock(nn.Module):
         h = per_frame(self.in_layers, x) + self.emb_layers(emb)[:, None, :, None, None]
         return self.temopral_conv(per_frame(self.skip_connection, x) + per_frame(self.out_layers, h))
 
-# %% ../../nbs/08a_lvdm.ipynb #d5622b58
+# %% ../../nbs/08a_lvdm.ipynb #9af73856
 class Attention(nn.Module):
     "Rows of `x` ask rows of `context` (or one another)."
     def __init__(self, width, heads,
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         q, k, v = [v.unflatten(-1, (self.heads, -1)).transpose(1, 2) for v in (self.to_q(x), self.to_k(context), self.to_v(context))]
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-# %% ../../nbs/08a_lvdm.ipynb #c14360b4
+# %% ../../nbs/08a_lvdm.ipynb #6257df9e
 class GEGLU(nn.Module):
     "A linear layer whose one half gates the other ([Shazeer 2020](https://arxiv.org/abs/2002.05202))."
     def __init__(self, i, o):
@@ -102,7 +102,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x): return self.net(x)
 
-# %% ../../nbs/08a_lvdm.ipynb #e0e70073
+# %% ../../nbs/08a_lvdm.ipynb #071e0778
 class TransformerBlock(nn.Module):
     "Self-attention, attention to the text (or to itself again), feed-forward."
     def __init__(self, width, heads, head_width, context=None): # as for `Attention`
@@ -121,7 +121,7 @@ class TransformerBlock(nn.Module):
         x = x + self.ask(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
-# %% ../../nbs/08a_lvdm.ipynb #d8a970e4
+# %% ../../nbs/08a_lvdm.ipynb #9eabc43c
 class SpatialTransformer(nn.Module):
     "Pixels of a frame ask one another and the text."
     def __init__(self, c, heads, head_width,
@@ -137,7 +137,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_out(self.transformer_blocks[0](self.proj_in(h), text))
         return x + h.transpose(1, 2).reshape(x.shape)
 
-# %% ../../nbs/08a_lvdm.ipynb #daba1f22
+# %% ../../nbs/08a_lvdm.ipynb #d8024940
 class TemporalTransformer(nn.Module):
     "The same pixel of all frames asks itself, twice."
     def __init__(self, c, heads, head_width, groups=32,
@@ -156,7 +156,7 @@ class TemporalTransformer(nn.Module):
         rows = apply(self.proj_out, self.transformer_blocks[0](apply(self.proj_in, rows)))
         return x + rows.view(b, h, w, f, c).permute(0, 3, 4, 1, 2)
 
-# %% ../../nbs/08a_lvdm.ipynb #ad1178cc
+# %% ../../nbs/08a_lvdm.ipynb #4183b1b3
 def sinusoid(
     t: Tensor, # (b,) numbers
     dim: int,  # even
@@ -165,7 +165,7 @@ def sinusoid(
     angles = t.float()[:, None] * torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2)))
     return torch.cat([angles.cos(), angles.sin()], 1)
 
-# %% ../../nbs/08a_lvdm.ipynb #ed0ca1cc
+# %% ../../nbs/08a_lvdm.ipynb #e5d6133e
 class Downsample(nn.Module):
     "Half the height and width."
     def __init__(self, c):
@@ -188,7 +188,44 @@ class Stage(nn.Sequential):
         for layer in self: x = layer(x, emb, text)
         return x
 
-# %% ../../nbs/08a_lvdm.ipynb #e77689a7
+# %% ../../nbs/08a_lvdm.ipynb #7d276ed7
+def res_block(i, o, s): # channels in and out, sizes of an `LVDM`
+    "The residual block of a network of these sizes."
+    return ResBlock(i, o, 4 * s['channels'], s['groups'])
+
+def transformers(c, s): # channels, sizes of an `LVDM`
+    "Across space, then across time."
+    heads = c // s['head_width'], s['head_width']
+    return [SpatialTransformer(c, *heads, s['context'], s['groups']), TemporalTransformer(c, *heads, s['groups'])]
+
+def stage(i, level, s): # channels in, 0 for the finest level, sizes of an `LVDM`
+    "A residual block, with transformers behind it at the `attend` finest levels."
+    o = s['channels'] * s['mults'][level]
+    return Stage(res_block(i, o, s), *(transformers(o, s) if level < s['attend'] else []))
+
+# %% ../../nbs/08a_lvdm.ipynb #d9cdac53
+def down_stages(s): # sizes of an `LVDM`
+    "The stages from fine to coarse, one after the other."
+    i, last = s['channels'], len(s['mults']) - 1
+    for level, m in enumerate(s['mults']):
+        for _ in range(s['blocks']): yield stage(i, level, s); i = s['channels'] * m
+        if level < last: yield Stage(Downsample(i))
+
+def skip_widths(s): # sizes of an `LVDM`
+    "Channels of the skips, in the order in which they are put aside."
+    per_level = [[m] * (s['blocks'] + (level < len(s['mults']) - 1)) for level, m in enumerate(s['mults'])]
+    return [s['channels'] * m for m in [1, *sum(per_level, [])]]
+
+def up_stages(s): # sizes of an `LVDM`
+    "The stages from coarse to fine; each is given what the one before made, and a skip."
+    i, skips = s['channels'] * s['mults'][-1], skip_widths(s)
+    for level, m in reversed(list(enumerate(s['mults']))):
+        for k in range(s['blocks'] + 1):
+            up = stage(i + skips.pop(), level, s); i = s['channels'] * m
+            if level and k == s['blocks']: up.append(Upsample(i))
+            yield up
+
+# %% ../../nbs/08a_lvdm.ipynb #100b1bab
 class LVDM(nn.Module):
     "VideoCrafter2's UNet (by default at full size): latents (b, 4, f, h, w), times (b,), text (b, tokens, context), frames a second -> noise (b, 4, f, h, w)."
     def __init__(self,
@@ -200,45 +237,15 @@ class LVDM(nn.Module):
         latent=4,                         # channels of a latent
     ):
         super().__init__()
-        self.settings = dict(channels=channels, mults=list(mults), blocks=blocks, attend=attend, head_width=head_width, context=context, groups=groups, latent=latent)
-        c, self.widths = channels, [channels * m for m in mults]
+        self.settings = s = dict(channels=channels, mults=list(mults), blocks=blocks, attend=attend, head_width=head_width, context=context, groups=groups, latent=latent)
+        c, coarsest = channels, channels * mults[-1]
         self.time_embed, self.fps_embedding = [nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c)) for _ in range(2)]
         zero(self.fps_embedding[-1])
         self.init_attn = Stage(TemporalTransformer(c, 8, head_width, groups, conv=True))
-        self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(latent, c, 3, padding=1)), *self._down()])
-        self.middle_block = Stage(self._res(c * mults[-1]), *self._transformers(c * mults[-1]), self._res(c * mults[-1]))
-        self.output_blocks = nn.ModuleList(self._up())
+        self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(latent, c, 3, padding=1)), *down_stages(s)])
+        self.middle_block = Stage(res_block(coarsest, coarsest, s), *transformers(coarsest, s), res_block(coarsest, coarsest, s))
+        self.output_blocks = nn.ModuleList(up_stages(s))
         self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero(nn.Conv2d(c, latent, 3, padding=1)))
-
-    def _res(self, i, o=None): return ResBlock(i, o or i, 4 * self.settings['channels'], self.settings['groups'])
-
-    def _transformers(self, c):
-        s = self.settings
-        heads = c // s['head_width'], s['head_width']
-        return [SpatialTransformer(c, *heads, s['context'], s['groups']), TemporalTransformer(c, *heads, s['groups'])]
-
-    def _stage(self, i, level):
-        o = self.widths[level]
-        return Stage(self._res(i, o), *(self._transformers(o) if level < self.settings['attend'] else []))
-
-    def _down(self):
-        x = self.widths[0]
-        for level, o in enumerate(self.widths):
-            for _ in range(self.settings['blocks']): yield self._stage(x, level); x = o
-            if level < len(self.widths) - 1: yield Stage(Downsample(o))
-
-    def _skips(self):
-        "Channels of the skips, in the order in which they are put aside."
-        kept = [[o] * (self.settings['blocks'] + (level < len(self.widths) - 1)) for level, o in enumerate(self.widths)]
-        return [self.widths[0], *sum(kept, [])]
-
-    def _up(self):
-        x, skips = self.widths[-1], self._skips()
-        for level, o in reversed(list(enumerate(self.widths))):
-            for i in range(self.settings['blocks'] + 1):
-                stage = self._stage(x + skips.pop(), level); x = o
-                if level and i == self.settings['blocks']: stage.append(Upsample(o))
-                yield stage
 
     def embed(self, t, fps): # (b,), (b,)
         "The vector about time step and frame rate (b, 4 * channels)."
@@ -254,7 +261,7 @@ class LVDM(nn.Module):
         for stage in self.output_blocks: x = stage(torch.cat([x, skips.pop()], 2), emb, text)
         return swap_cf(per_frame(self.out, x))
 
-# %% ../../nbs/08a_lvdm.ipynb #a44c9885
+# %% ../../nbs/08a_lvdm.ipynb #bbf406e7
 _NAMES = {r'^conv_in\.': 'input_blocks.0.0.', r'^transformer_in\.': 'init_attn.0.', r'^time_embedding\.linear_1\.': 'time_embed.0.',
           r'^time_embedding\.linear_2\.': 'time_embed.2.', r'^conv_norm_out\.': 'out.0.', r'^conv_out\.': 'out.2.'}
 _INSIDE = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'norm2': 'out_layers.0', 'conv2': 'out_layers.3',
@@ -273,7 +280,7 @@ def lvdm_key(
     "The name of the same weight in an `LVDM`."
     for old, new in _NAMES.items():
         if re.match(old, key): return re.sub(old, new, key)
-    n, top = net.settings['blocks'] + 1, len(net.widths) - 1
+    n, top = net.settings['blocks'] + 1, len(net.settings['mults']) - 1
     where, level, kind, j, rest = re.match(r'(down|mid|up)_block(?:s\.(\d+))?\.(\w+)\.(\d+)\.(.+)', key).groups()
     level, j = int(level or 0), int(j)
     if kind == 'downsamplers': return f'input_blocks.{(level + 1) * n}.0.{rest.replace("conv", "op")}'
@@ -282,7 +289,7 @@ def lvdm_key(
     if where == 'up': return f'output_blocks.{level * n + j}.{_layer(kind, rest)}'
     return 'middle_block.' + re.sub('^0', '3' if j else '0', _layer(kind, rest))
 
-# %% ../../nbs/08a_lvdm.ipynb #3d4f94d1
+# %% ../../nbs/08a_lvdm.ipynb #6d4e1885
 def from_unet3d(
     state: dict, # of a `UNet3DConditionModel`
     net: LVDM,   # of the same sizes, changed in place
