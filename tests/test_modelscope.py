@@ -156,3 +156,22 @@ def test_the_shipped_folder_is_a_plain_pipeline_too():
     frames = pipe(PROMPTS, latents=model.noise(2, *SIZE, generator(0)), num_frames=3, height=32, width=40, num_inference_steps=5,
                   guidance_scale=4., output_type='pt').frames
     assert (ours(model, model.sampler(5), 4.)[1].clamp(0, 1) - frames).abs().max() < 1e-4
+
+
+def passes(nets, run):
+    "Items that go through each network while `run` runs."
+    seen = dict.fromkeys(nets, 0)
+    def count(name): return lambda module, args, kwargs: seen.update({name: seen[name] + len([*args, *kwargs.values()][0])})
+    hooks = [net.register_forward_pre_hook(count(name), with_kwargs=True) for name, net in nets.items()]
+    run()
+    for h in hooks: h.remove()
+    return seen
+
+def test_asks_no_more_of_any_network_than_the_plain_pipeline(pipe):
+    model = ModelScope(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, SIZE)
+    nets = dict(unet=pipe.unet, text=pipe.text_encoder, decoder=pipe.vae.decoder)
+    theirs = passes(nets, lambda: pipe(PROMPTS, num_frames=3, height=32, width=40, num_inference_steps=5, guidance_scale=4.))
+    mine = passes(nets, lambda: ours(model, model.sampler(5), 4.))
+    assert mine['unet'] == theirs['unet'] == 5 * 2 * 2 and mine['decoder'] == theirs['decoder'] == 2 * 3
+    assert 0 < mine['text'] <= theirs['text']
+    assert passes(nets, lambda: ours(model, model.sampler(5), 4.))['text'] == 0  # read once, kept
