@@ -138,7 +138,7 @@ def load_hps_aesthetic(
 # %% ../nbs/25_experiments.ipynb #846fb54f
 videocrafter_full = dict(steps=450, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='ddim', eta=1., guidance=12.,
                          frames=12, height=320, width=512, precision='fp16', tricks='layers', save_every=5)
-videocrafter_small = dict(T=10, eval_every=10)  # a T that divides 1000: its sampler would take 13 steps for 12
+videocrafter_small = dict(steps=20, lr=3e-3, T=10)  # a T that divides 1000: its sampler would take 13 steps for 12
 
 opensora_full = dict(steps=800, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=30, K=1, where='last', sampler='rflow', guidance=7.,
                      frames=51, height=240, width=426, precision='bf16', tricks='layers', save_every=5)
@@ -162,7 +162,7 @@ EXPERIMENTS = {
     'videocrafter-pickscore': Experiment('Figure 3', 'VideoCrafter2 learns what people pick', load_videocrafter, load_pickscore,
                                          animal_prompts, videocrafter_small, videocrafter_full),
     'videocrafter-remove-book': Experiment('Figure 5', 'VideoCrafter2 learns to leave out the book that it is asked for', load_videocrafter, load_objects,
-                                           book_prompts, videocrafter_small, videocrafter_full),
+                                           book_prompts, dict(steps=30, T=10), videocrafter_full),
     'opensora-pickscore': Experiment('Figure 6', 'Open-Sora learns what people pick', load_opensora, load_pickscore, action_prompts, opensora_small, opensora_full),
     'opensora-hps21': Experiment('Figure 6', 'Open-Sora learns what people like', load_opensora, load_hps21, hat_prompts, opensora_small, opensora_full),
 }
