@@ -3,8 +3,8 @@ import pytest, torch
 from tiny_run import PROMPTS, TINY, bright, tiny_model
 from vader_nb.core import VaderError, write_json
 from vader_nb.reward import reward_from
-from vader_nb.runs import (append_line, check_folder, checkpoints, cut_lines, evaluate, mix, random_state, read_checkpoint, read_lines, set_random_state,
-                           write_checkpoint)
+from vader_nb.runs import (append_line, check_folder, checkpoints, cut_lines, ends, evaluate, mix, random_state, read_checkpoint, read_lines, seeds_table,
+                           set_random_state, write_checkpoint)
 from vader_nb.train import Config
 
 
@@ -69,3 +69,13 @@ def test_scores_are_means_over_prompts_and_judges_may_abstain():
 def test_a_score_that_is_not_finite_is_told():
     with pytest.raises(VaderError, match='bad is not finite'):
         evaluate(tiny_model(), reward_from(lambda v, p: v.mean((1, 2, 3, 4)) / 0, 'bad'), PROMPTS, Config(**TINY))
+
+
+def test_the_gain_over_seeds(tmp_path):
+    for seed, scores in enumerate([(1., 9., 3.), (2., 6.)]):
+        (tmp_path/f'run-{seed}').mkdir()
+        for step, r in enumerate(scores): append_line(tmp_path/f'run-{seed}'/'eval.jsonl', dict(step=step, reward=r))
+    runs = [tmp_path/'run-0', tmp_path/'run-1']
+    assert ends(runs, 'reward').tolist() == [[1, 3], [2, 6]]
+    assert seeds_table(runs, ['reward']).splitlines()[-1] == '| reward | 1.00 → 3.00 | 2.00 → 6.00 | +3.00 ± 1.41 |'
+    assert seeds_table(runs[:1], ['reward']).endswith('| +2.00 |')

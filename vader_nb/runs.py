@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['append_line', 'read_lines', 'cut_lines', 'mix', 'random_state', 'set_random_state', 'aside', 'checkpoints',
            'write_checkpoint', 'read_checkpoint', 'check_folder', 'batches', 'sample_clips', 'score_clips', 'clip_mean',
-           'evaluate', 'save_samples', 'table', 'held_out_table', 'write_report', 'finish']
+           'evaluate', 'save_samples', 'table', 'held_out_table', 'ends', 'seeds_table', 'write_report', 'finish']
 
-# %% ../nbs/19_runs.ipynb #60e07296
+# %% ../nbs/19_runs.ipynb #ee1408ca
 import contextlib, hashlib, json, random
 from pathlib import Path
 import numpy as np, torch
@@ -16,7 +16,7 @@ from .show import curve, save_gif, save_mp4, strip
 from .memory import lora_off, save_lora
 from .rollout import sample
 
-# %% ../nbs/19_runs.ipynb #5f602ee5
+# %% ../nbs/19_runs.ipynb #2677d14b
 def append_line(
     path,
     record,  # a dict that JSON can hold
@@ -26,7 +26,7 @@ def append_line(
         with open(path, 'a', encoding='utf8') as f: f.write(json.dumps(record) + '\n')
     except OSError as e: raise VaderError(f'cannot write {path} ({e.strerror}): free some space, then go on with --resume') from None
 
-# %% ../nbs/19_runs.ipynb #1e96cfe2
+# %% ../nbs/19_runs.ipynb #f349dd15
 def read_lines(
     path,
 ):  # -> list of dicts
@@ -36,7 +36,7 @@ def read_lines(
         for line in Path(path).read_text(encoding='utf8').splitlines(): records.append(json.loads(line))
     return records
 
-# %% ../nbs/19_runs.ipynb #e00d4675
+# %% ../nbs/19_runs.ipynb #0e48ac66
 def cut_lines(
     path,
     step,  # the last step to keep
@@ -45,14 +45,14 @@ def cut_lines(
     kept = [r for r in read_lines(path) if r['step'] <= step]
     with atomic_path(path) as new: Path(new).write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf8')
 
-# %% ../nbs/19_runs.ipynb #faea0a2e
+# %% ../nbs/19_runs.ipynb #0cc7a78a
 def mix(
     *numbers,  # or words
 ):
     "One seed out of several numbers: as good as random, and always the same."
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], 'big')
 
-# %% ../nbs/19_runs.ipynb #bedca0f7
+# %% ../nbs/19_runs.ipynb #d9ca797e
 def random_state():
     "The global random states of this process."
     name, numbers, *rest = np.random.get_state()
@@ -76,7 +76,7 @@ def aside(
     try: yield
     finally: set_random_state(state)
 
-# %% ../nbs/19_runs.ipynb #98191aa9
+# %% ../nbs/19_runs.ipynb #d2c2481c
 def checkpoints(
     folder,  # a run folder
 ):
@@ -91,7 +91,7 @@ def write_checkpoint(
     with atomic_path(Path(folder)/f'checkpoints/step_{state["step"]:06d}.pt') as new: torch.save(state, new)
     for old in checkpoints(folder)[:-2]: old.unlink()
 
-# %% ../nbs/19_runs.ipynb #7961272e
+# %% ../nbs/19_runs.ipynb #428aef09
 def read_checkpoint(
     path,
     keys,  # what it must hold
@@ -103,7 +103,7 @@ def read_checkpoint(
           f'{path} is damaged or no checkpoint of this program: delete it, and --resume goes on from the one before')
     return state
 
-# %% ../nbs/19_runs.ipynb #e10a3ac6
+# %% ../nbs/19_runs.ipynb #c3894b8b
 def check_folder(
     folder,
     settings,      # dict: the run's config
@@ -120,7 +120,7 @@ def check_folder(
     for k, v in settings.items():
         check(k == 'steps' or old.get(k) == v, f'{folder} belongs to another run: its {k} is {old.get(k)!r}, not {v!r}; choose another folder')
 
-# %% ../nbs/19_runs.ipynb #d676aff3
+# %% ../nbs/19_runs.ipynb #1319831a
 def batches(
     items,
     n,  # size of a batch
@@ -135,7 +135,7 @@ def sample_clips(
     "Sample clips with a run's settings."
     return sample(model, prompts, config.T, config.guidance, seed, config.sampler, config.eta, (config.frames, config.height, config.width))
 
-# %% ../nbs/19_runs.ipynb #6857b6bb
+# %% ../nbs/19_runs.ipynb #1b5b734b
 def score_clips(
     model, reward, prompts, config,
     judge,  # function (video, prompts) -> dict name -> (b,), nan where it was not asked; or None
@@ -155,7 +155,7 @@ def clip_mean(
     asked = [v for v in values if v == v]
     return sum(asked) / len(asked) if asked else None
 
-# %% ../nbs/19_runs.ipynb #52b38a0d
+# %% ../nbs/19_runs.ipynb #4d7b3b52
 def evaluate(
     model,            # a `VideoModel`
     reward,           # a `Reward`
@@ -172,7 +172,7 @@ def evaluate(
     means = {k: clip_mean([x for scores in every for x in scores[k]]) for k in every[0]}
     return {k: v for k, v in means.items() if v is not None}
 
-# %% ../nbs/19_runs.ipynb #b94b8123
+# %% ../nbs/19_runs.ipynb #842b4d73
 def save_samples(
     model,    # a `VideoModel` with LoRA
     prompts,  # one clip each
@@ -189,7 +189,7 @@ def save_samples(
     rows, titles = torch.stack([before, after], 1).flatten(0, 1), [f'{p}, {when}' for p in prompts for when in ('before', 'after')]
     with atomic_path(folder/'strips.png') as new: strip(rows, titles).save(new, 'PNG')
 
-# %% ../nbs/19_runs.ipynb #9037910f
+# %% ../nbs/19_runs.ipynb #bfba9e93
 def table(
     head,  # names of the columns
     rows,  # lists as long
@@ -205,7 +205,25 @@ def held_out_table(
     told = [k for k in evals[0] if k == 'reward' or k != 'step' and any(r[k] != r['reward'] for r in evals)]  # a single reward's part is the reward
     return table(['held-out prompts', *(f'step {r["step"]}' for r in evals)], [[k, *(f'{r[k]:.3f}' for r in evals)] for k in told])
 
-# %% ../nbs/19_runs.ipynb #028cb478
+# %% ../nbs/19_runs.ipynb #19eceb72
+def ends(
+    folders, # of runs
+    name,    # of a held-out score
+):           # (runs, 2) before and after
+    "A held-out score at the first and at the last look of each run."
+    evals = [read_lines(Path(f)/'eval.jsonl') for f in folders]
+    return torch.tensor([[e[0][name], e[-1][name]] for e in evals])
+
+def seeds_table(
+    folders, # of runs that differ by their seed
+    names,   # of held-out scores
+):
+    "Those scores before and after, a column for each run, and the mean gain with its standard deviation over the runs."
+    values = {n: ends(folders, n) for n in names}
+    gain = lambda v: f'{v.diff().mean():+.2f}' + (f' ± {v.diff().std():.2f}' if len(v) > 1 else '')
+    return table(['held-out prompts', *(Path(f).name for f in folders), 'gain'], [[n, *(f'{a:.2f} → {b:.2f}' for a, b in v), gain(v)] for n, v in values.items()])
+
+# %% ../nbs/19_runs.ipynb #c0b99d25
 _page = '''# {name}
 
 {steps} steps in {minutes:.1f} minutes.
@@ -246,7 +264,7 @@ def write_report(
                         held_out=held_out_table(read_lines(folder/'eval.jsonl')), settings=table(['setting', 'value'], settings.items()))
     with atomic_path(folder/'report.md') as new: Path(new).write_text(page, encoding='utf8')
 
-# %% ../nbs/19_runs.ipynb #9a748f62
+# %% ../nbs/19_runs.ipynb #3fa09d8a
 def finish(
     model,     # a `VideoModel` with a trained LoRA
     config,    # a dataclass with the run's settings
