@@ -1,7 +1,8 @@
 "The named experiments: settings that make sense at both scales, prompts that are kept apart."
 import pytest
 from vader_nb.core import VaderError
-from vader_nb.experiments import ACTIONS, COMMON_ANIMALS, EXPERIMENTS, TEST_ACTIVITIES, action_prompts, activity_prompts, experiment_config, find_experiment, run, spread
+from vader_nb.experiments import (ACTIONS, COMMON_ANIMALS, EXPERIMENTS, TEST_ACTIVITIES, action_prompts, activity_prompts, experiment_config, find_experiment,
+                                  hps_actions, run, spread)
 
 both = pytest.mark.parametrize('scale', ['small', 'full'])
 each = pytest.mark.parametrize('name', EXPERIMENTS)
@@ -28,6 +29,18 @@ def test_the_full_scale_prompts():
     assert len(ACTIONS) == 50 and len(COMMON_ANIMALS) == len(set(COMMON_ANIMALS)) == 45 and len(activity_prompts()) == 45
     assert not [p for p in ACTIONS for a in TEST_ACTIVITIES if a.split()[-1] in p.split()]
     assert all(p.startswith(('a ', 'an ')) for p in activity_prompts()) and any(p.startswith('an ant ') for p in activity_prompts())
+
+def test_hps_prompts_are_filtered(tmp_path, monkeypatch):
+    asked, file = [], tmp_path/'photo.json'
+    file.write_text('["A man riding a wave.", "A wedding ring on a table", "A very long sentence with many words about a dog that is running over a wide green field", "Two dogs playing chess"]')
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *a, **k: asked.append((a, k)) or str(file))
+    assert hps_actions() == ['A man riding a wave.', 'Two dogs playing chess'] and hps_actions(1) == ['A man riding a wave.']
+    assert asked[0] == (('zhwang/HPDv2', 'benchmark/photo.json'), dict(repo_type='dataset'))
+
+def test_hps_prompts_without_a_network(monkeypatch):
+    def fail(*a, **k): raise ConnectionError
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', fail)
+    with pytest.raises(VaderError, match='ConnectionError.*ACTIONS'): hps_actions()
 
 def test_spread_keeps_all(): assert sorted(spread(list(range(21)))) == list(range(21)) and sorted(spread(list(range(15)))) == list(range(15))
 
