@@ -117,7 +117,7 @@ def recompute(forward, *args, **kw):
 
 # %% ../nbs/11_memory.ipynb #96e1d87b
 LAYERS = set('''ResnetBlock2D TemporalConvLayer Transformer2DModel TransformerTemporalModel Attention SpatioTemporalResBlock TransformerSpatioTemporalModel
-    ResBlock SpatialTransformer TemporalTransformer STDiT3Block ResBlock3d DoubleTime WanTransformerBlock
+    ResBlock SpatialTransformer TemporalTransformer STDiT3Block ResBlock3d DoubleTime WanTransformerBlock WanResidualBlock WanAttentionBlock WanResample
     CLIPEncoderLayer ResidualAttentionBlock VideoMAELayer YolosLayer Block
     SwinLayer GroundingDinoEncoderLayer GroundingDinoDecoderLayer'''.split())
 
