@@ -6,8 +6,8 @@
 __all__ = ['ACTIONS', 'NO_ACTION', 'KINETICS_LABELS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'videocrafter_full',
            'videocrafter_small', 'opensora_full', 'opensora_small', 'modelscope_full', 'EXPERIMENTS', 'is_action',
            'hps_actions', 'activity_prompts', 'spread', 'Experiment', 'action_prompts', 'hat_prompts', 'animal_prompts',
-           'book_prompts', 'label_prompts', 'creative_prompts', 'load_hps21', 'load_hps_aesthetic', 'find_experiment',
-           'experiment_config', 'own_device', 'load', 'run']
+           'book_prompts', 'label_prompts', 'creative_prompts', 'asked_often', 'load_hps21', 'load_hps_aesthetic',
+           'find_experiment', 'experiment_config', 'own_device', 'load', 'run']
 
 # %% ../nbs/25_experiments.ipynb #ae4dba3e
 from dataclasses import asdict, dataclass, field
@@ -141,6 +141,17 @@ def creative_prompts(
     odd = [f'{a_or_an(a)} {doing}' for a in COMMON_ANIMALS for doing in ('wearing a red hat and reading a book', 'playing the violin on a stage', 'in a raincoat beside a cup of tea')]
     return odd[:99], odd[99:]
 
+# %% ../nbs/25_experiments.ipynb #3470f264
+def asked_often(
+    prompts,  # function (scale) -> training prompts, held-out prompts
+    n,        # how many clips of each held-out prompt
+):  # -> such a function
+    "The same, each held-out prompt `n` times at small scale, each time from another noise."
+    def often(scale):
+        train, tests = prompts(scale)
+        return train, tests * (n if scale == 'small' else 1)
+    return often
+
 # %% ../nbs/25_experiments.ipynb #603f8985
 def load_hps21(
     scale='small',  # 'small' or 'full'
@@ -173,11 +184,11 @@ EXPERIMENTS = {
     'modelscope-aesthetic': Experiment('Figures 6 and 7, Table 1', 'ModelScope learns to please the aesthetic predictor', load_modelscope, load_aesthetic,
                                        action_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-action': Experiment('Figures 7 and 8, Table 1', 'ModelScope learns to do what the prompt says', load_modelscope, load_action,
-                                    label_prompts, dict(eval_every=10), modelscope_full),
+                                    asked_often(label_prompts, 8), dict(steps=60, batch=14, K=12, eval_every=20), modelscope_full),
     'modelscope-remove-book': Experiment('Figure 5', 'ModelScope learns to leave out the book that it is asked for', load_modelscope, load_objects,
-                                         book_prompts, dict(eval_every=10), modelscope_full),
+                                         asked_often(book_prompts, 4), dict(guidance=7., eval_every=20), modelscope_full),
     'modelscope-hps': Experiment('Figures 6 and 7, Tables 1 and 2', 'ModelScope learns to draw what the prompt asks, hats included', load_modelscope, load_hps,
-                                 hat_prompts, dict(steps=20, lr=4e-3), modelscope_full),
+                                 asked_often(hat_prompts, 4), dict(steps=20, lr=4e-3), modelscope_full),
     'videocrafter-hps-aesthetic': Experiment('Figures 1 and 3', 'VideoCrafter2 learns what people and the aesthetic predictor like, both at once', load_videocrafter, load_hps_aesthetic,
                                              creative_prompts, videocrafter_small, {**videocrafter_full, 'rank': 8}),
     'videocrafter-pickscore': Experiment('Figure 3', 'VideoCrafter2 learns what people pick', load_videocrafter, load_pickscore,
