@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from .core import VaderError, check, generator, randn, to_frames
+from .core import check, generator, randn, to_frames
 
 # %% ../nbs/13_reward.ipynb #f8f05e17
 def check_video(video,              # pixels (b, f, 3, h, w) in [0, 1], any float dtype

@@ -7,10 +7,10 @@ __all__ = ['LOOKS', 'STYLES', 'MAX_TOKENS', 'ABOUT', 'world_words', 'make_tokeni
            'clip_loss', 'quality', 'main']
 
 # %% ../../nbs/zoo/02_clip.ipynb #dc30798e
-import json, tempfile
+import json
 from pathlib import Path
 import torch, torch.nn.functional as F
-from ..core import atomic_path, generator
+from ..core import atomic_path
 from ..rewards.aesthetic import clip_normalise
 from ..world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, SPOILS, captions, draw, label, rate, scenes, spoil_some
 from .loop import options, pretrain, write_card

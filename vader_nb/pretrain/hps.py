@@ -7,8 +7,7 @@ __all__ = ['CONFIG', 'KINDS', 'CHOICES', 'ABOUT', 'to_open_clip', 'twins', 'thro
            'preference_loss', 'pair_scores', 'hps_scores', 'hps_loss', 'quality', 'sources', 'main']
 
 # %% ../../nbs/zoo/06_hps.ipynb #9ca066dd
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import replace
 import torch, torch.nn.functional as F
 from ..core import atomic_path, generator, write_json
 from ..models.modelscope import load_net, read_part

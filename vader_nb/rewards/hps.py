@@ -10,10 +10,10 @@ __all__ = ['VERSIONS', 'resize_longer', 'pad_view', 'square_view', 'TextMatch', 
 import torch
 import torch.nn.functional as F
 
-from ..core import VaderError, check, from_frames, pick_device, pick_dtype, read_json, to_frames
+from ..core import check, from_frames, pick_device, pick_dtype, read_json, to_frames
 from ..models.modelscope import check_words, read_part
 from ..reward import Reward, freeze
-from .aesthetic import clip_normalise, clip_view, read_weights
+from .aesthetic import clip_normalise, read_weights
 from ..zoo import model_path
 
 # %% ../../nbs/15_hps.ipynb #62aaa30b
