@@ -263,7 +263,7 @@ def _ddpm(config, steps, ab):
     a = ab[t].tolist()
     return DDPM(t, a, [*a[1:], 1.])
 
-
+# %% ../nbs/03_samplers.ipynb #a36ccf4d
 def _ddim(config, steps, ab): # diffusers jumps n // T back from each t, wherever the next one is
     t = _integers(_spaced(config, steps, len(ab), 'leading'), len(ab))
     end = 1. if config.get('set_alpha_to_one', True) else ab[0].item()
@@ -305,7 +305,7 @@ _SUPPORTED = dict(thresholding=False, rescale_betas_zero_snr=False, interpolatio
     solver_order=2, solver_type='midpoint', use_exponential_sigmas=False, use_beta_sigmas=False, use_lu_lambdas=False, use_flow_sigmas=False,
     use_dynamic_shifting=False, invert_sigmas=False, shift_terminal=None, stochastic_sampling=False)
 
-
+# %% ../nbs/03_samplers.ipynb #d9f580ee
 def sampler_from_config(
     config: dict,    # `scheduler.config` of a diffusers scheduler
     kind: str,       # 'ddpm', 'ddim', 'dpm++', 'euler' or 'rflow'
