@@ -69,26 +69,6 @@ def lora_off(model # a `VideoModel` with LoRA
     with model.denoiser.disable_adapter(): yield model
 
 # %% ../nbs/11_memory.ipynb #4be66399
-def save_lora(model, # a `VideoModel` with LoRA
-              folder # receives adapter_model.safetensors and adapter_config.json
-              ):
-    "Write the adapter with its rank, alpha and targets; plain peft can read it."
-    with atomic_path(folder) as new:
-        model.denoiser.save_pretrained(new)
-        (new/'README.md').unlink(missing_ok=True) # an empty form that names a folder of this machine
-
-def load_lora(model, # a `VideoModel`; an adapter that it already has is replaced
-              folder # what `save_lora` wrote
-              ):
-    "Put a saved adapter on the denoiser, ready to train on; returns the list of trainable parameters."
-    from peft import set_peft_model_state_dict
-    config, weights = _read_lora(Path(folder))
-    if _is_tuned(model): model.denoiser = model.denoiser.unload()
-    _check_fit(model, weights, folder)
-    learn = _wrap(model, config)
-    set_peft_model_state_dict(model.denoiser, weights)
-    return learn
-
 def _read_lora(folder):
     "Config and weights of a saved adapter; raises `VaderError` if either is missing or damaged."
     from peft import LoraConfig
@@ -108,6 +88,27 @@ def _check_fit(model, weights, folder):
         layer = layers.get(key.removeprefix('base_model.model.').split('.lora_')[0])
         fits = layer is not None and (w.shape[1] == layer.weight.shape[1] if 'lora_A' in key else w.shape[0] == layer.weight.shape[0])
         check(fits, f'{folder} is a LoRA for another network than {model.name}: {key} has no place there')
+
+# %% ../nbs/11_memory.ipynb #2e16cce1
+def save_lora(model, # a `VideoModel` with LoRA
+              folder # receives adapter_model.safetensors and adapter_config.json
+              ):
+    "Write the adapter with its rank, alpha and targets; plain peft can read it."
+    with atomic_path(folder) as new:
+        model.denoiser.save_pretrained(new)
+        (new/'README.md').unlink(missing_ok=True) # an empty form that names a folder of this machine
+
+def load_lora(model, # a `VideoModel`; an adapter that it already has is replaced
+              folder # what `save_lora` wrote
+              ):
+    "Put a saved adapter on the denoiser, ready to train on; returns the list of trainable parameters."
+    from peft import set_peft_model_state_dict
+    config, weights = _read_lora(Path(folder))
+    if _is_tuned(model): model.denoiser = model.denoiser.unload()
+    _check_fit(model, weights, folder)
+    learn = _wrap(model, config)
+    set_peft_model_state_dict(model.denoiser, weights)
+    return learn
 
 # %% ../nbs/11_memory.ipynb #a9936304
 def recompute(forward, *args, **kw):
