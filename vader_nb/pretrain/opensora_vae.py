@@ -99,7 +99,7 @@ def _publish(state, step, test, image_vae, a):
     from safetensors.torch import save_file
     vae = make_temporal(); vae.load_state_dict(state); vae.eval()
     (shift, scale), facts = unit(vae, test), dict(data=f'{a.chunks} x 1024 clips of 17 frames, 64 pixels, two frames for each of the world; the first file of every grade, the others dull',
-        steps=f'{step} of {a.steps}, batch 8', seed=5, command='python -m vader_nb.pretrain.opensora_vae')
+        steps=f'{step}, batch 8', seed=5, command='python -m vader_nb.pretrain.opensora_vae')
     with atomic_path(a.to) as d:
         d.mkdir(parents=True)
         stored = {f'temporal_vae.{k}': v.half().contiguous() for k, v in state.items()}
@@ -111,7 +111,7 @@ def _publish(state, step, test, image_vae, a):
 def main(argv=None):
     "Train the temporal VAE; `--draw N` only draws and encodes N chunks."
     from diffusers import AutoencoderKL
-    a = options(argv, main.__doc__, steps=3000, out='runs/zoo/opensora', to='vader_nb/checkpoints/opensora/vae', draw=0, chunks=3,
+    a = options(argv, main.__doc__, steps=2600, out='runs/zoo/opensora', to='vader_nb/checkpoints/opensora/vae', draw=0, chunks=3,
                 vae='vader_nb/checkpoints/modelscope/vae')
     Path(a.out).mkdir(parents=True, exist_ok=True); image_vae = load_net(AutoencoderKL, a.vae)
     for i in range(a.draw): frame_latents(i, a.out, image_vae)
