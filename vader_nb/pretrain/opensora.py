@@ -87,7 +87,7 @@ def quality(model, steps=20, guidance=4.):
 
 # %% ../../nbs/zoo/09b_opensora.ipynb #a29561ec
 ABOUT = 'An `STDiT3` (Open-Sora 1.2) that draws dull clips of 17 frames of the small world from noisy captions; uses the small image VAE, the temporal VAE beside it and the text tower of the small CLIP.'
-DULL = [1, 2, 3, 5]  # chunks of dull clips
+DULL = [1, 2, 3]  # chunks of dull clips
 
 def _publish(state, step, a):
     "Write averaged weights as a checkpoint with its card."
@@ -103,7 +103,7 @@ def _publish(state, step, a):
 def main(argv=None):
     "Train the denoiser; `--measure` only lets the judges look at the one that stands at `--to`."
     from diffusers import AutoencoderKL
-    a = options(argv, main.__doc__, steps=2200, out='runs/zoo/opensora', to='vader_nb/checkpoints/opensora/denoiser', temporal='vader_nb/checkpoints/opensora/vae',
+    a = options(argv, main.__doc__, steps=1600, out='runs/zoo/opensora', to='vader_nb/checkpoints/opensora/denoiser', temporal='vader_nb/checkpoints/opensora/vae',
                 vae='vader_nb/checkpoints/modelscope/vae', clip='vader_nb/checkpoints/clip', measure=False)
     if a.measure:
         card = read_json(Path(a.to) / 'card.json')
@@ -112,7 +112,7 @@ def main(argv=None):
     model = OpenSora(net, open_vae(a.temporal, a.vae).float(), *open_text(a.clip, 20), **SMALL)
     net.requires_grad_(True); net.rope.requires_grad_(False)
     clips = Clips(model, load_net(AutoencoderKL, a.vae), a.out, DULL)
-    pretrain(net, lambda g, step: flow_loss(model, clips, g, 1 + step // 200), a.steps, f'{a.out}/denoiser', lr=2e-3, seed=6, save_every=180,
+    pretrain(net, lambda g, step: flow_loss(model, clips, g, 1 + step // 200), a.steps, f'{a.out}/denoiser', lr=2e-3, ema=.997, seed=6, save_every=180,
              milestone=lambda w, step: _publish(w, step, a))
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
