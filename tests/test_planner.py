@@ -54,12 +54,12 @@ def test_weights_are_counted_to_the_byte():
     own = sum(-(-t.nbytes // 512) * 512 for net in networks(model).values() for t in (*net.parameters(), *net.buffers()))
     assert simulate('tiny', 'contrast', config_for('tiny', 'contrast')).parts['weights'] == own
 
-@pytest.mark.parametrize('name', ['modelscope', 'videocrafter', 'opensora', 'svd'])
+@pytest.mark.parametrize('name', ['modelscope', 'videocrafter', 'opensora', 'svd', 'wan'])
 def test_published_sizes(name):
     with weightless(torch.float16): model = BASES[name].build()
     count = {k: sum(p.numel() for p in m.parameters()) for k, m in networks(model).items()}
-    assert count['denoiser'] == dict(modelscope=1411233860, videocrafter=1413284420, opensora=1207643972, svd=1524623082)[name]
-    assert count['vae'] == dict(modelscope=83653863, videocrafter=83653863, opensora=83653863 + 309687144, svd=97742847)[name]
+    assert count['denoiser'] == dict(modelscope=1411233860, videocrafter=1413284420, opensora=1207643972, svd=1524623082, wan=1418996800)[name]
+    assert count['vae'] == dict(modelscope=83653863, videocrafter=83653863, opensora=83653863 + 309687144, svd=97742847, wan=126892531)[name]
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.float16} and {p.device.type for p in model.denoiser.parameters()} == {'meta'}
 
 
@@ -89,7 +89,7 @@ def test_a_question_is_simulated_once(monkeypatch):
     assert len(calls) == 4
 
 def test_a_decoder_of_neighbours_is_not_sliced():
-    assert all('slices' not in s for s in sets_for('svd')) and any('slices' in s for s in sets_for('modelscope'))
+    assert all('slices' not in s for name in ('svd', 'wan') for s in sets_for(name)) and any('slices' in s for s in sets_for('modelscope'))
 
 def test_arithmetic_of_a_real_step():
     assert arithmetic(Reading(0, {}, dict(denoiser=7., reward=1.), dict(denoiser=2.), 0), 2, 25) == 8 + 23 * 2

@@ -90,23 +90,27 @@ def test_mixed_precision_too():
     assert off(run('layers passes slices'), exact) < 1.5 * off(plain, exact)
 
 
-COMPANIES = ['layers passes', 'layers passes slices offload turns']
+COMPANIES = [(words, dtype) for words in ('layers passes', 'layers passes slices offload turns') for dtype in (None, torch.bfloat16)]
 
 def one_process(rank, out):
     torch.distributed.init_process_group('gloo', init_method=f'file://{out}/meet', rank=rank, world_size=2)
-    for n, words in enumerate(COMPANIES):
-        model, judge = model_and_judge(words)
+    for n, (words, dtype) in enumerate(COMPANIES):
+        model, judge = model_and_judge(words, dtype)
         weights, model.denoiser = lora_parameters(model), DistributedDataParallel(model.denoiser)
         x = torch.randn(2, 4, 3, 8, 8, generator=generator(0))[rank:rank+1]
-        for i in range(2): x = x - .1 * model.predict(x, 500 - i, cond[rank], 3.)
-        (-100 * judge(model.decode(x)).mean()).backward()
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype is not None):
+            for i in range(2): x = x - .1 * model.predict(x, 500 - i, cond[rank], 3.)
+            score = judge(model.decode(x)).mean()
+        (-100 * score).backward()
         if rank == 0: torch.save(torch.cat([p.grad.flatten() for p in weights]), f'{out}/gradient{n}')
     torch.distributed.destroy_process_group()
 
 def test_two_processes_average_to_the_whole_batch(true, tmp_path):
-    "Recomputed passes and moving weights under DistributedDataParallel, with guidance and two steps."
+    "Recomputed passes, offloading and moving weights under DistributedDataParallel, with LoRA, guidance and two steps, in float32 and in mixed precision."
     torch.multiprocessing.spawn(one_process, (str(tmp_path),), nprocs=2)
-    for n in range(len(COMPANIES)): assert off(torch.load(tmp_path/f'gradient{n}'), true) < 1e-5
+    with torch.autocast('cpu', torch.bfloat16): half = off(gradient(*model_and_judge(dtype=torch.bfloat16), K=2), true)
+    for n, (_, dtype) in enumerate(COMPANIES): assert off(torch.load(tmp_path/f'gradient{n}'), true) < (1.5 * half if dtype else 1e-5)
+    assert 0 < half < .2
 
 
 def simulated(words, **kw):
@@ -183,11 +187,22 @@ def test_bad_tricks():
     with pytest.raises(VaderError, match='unknown trick'): check_tricks('layers magic')
     assert set(check_tricks(' '.join(TRICKS))) == set(TRICKS)
 
-def test_eight_bits_need_bitsandbytes():
-    from importlib.util import find_spec
+def test_eight_bits_need_bitsandbytes(monkeypatch):
     w = [torch.nn.Parameter(torch.zeros(3))]
     assert isinstance(adam(w, .1), torch.optim.AdamW)
-    if not find_spec('bitsandbytes'):
-        with pytest.raises(VaderError, match='bitsandbytes'): adam(w, .1, bits8=True)
+    monkeypatch.setattr(tricks.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(VaderError, match='pip install bitsandbytes') as e: adam(w, .1, bits8=True)
+    assert '\n' not in str(e.value)
+
+def test_eight_bits_go_nearly_the_same_way():
+    pytest.importorskip('bitsandbytes', exc_type=ImportError)
+    a, b = [torch.nn.Parameter(torch.zeros(64, 128)) for _ in range(2)]
+    few, many = adam([a], .01, bits8=True), adam([b], .01)
+    for i in range(10):
+        for w, optimizer in ((a, few), (b, many)):
+            w.grad = torch.randn(w.shape, generator=generator(i)) + .5
+            optimizer.step()
+    assert {s.dtype for s in few.state[a].values() if torch.is_tensor(s) and s.shape == a.shape} == {torch.uint8}
+    assert 0 < off(a.detach(), b.detach()) < .05
 
 def test_margin(): assert with_margin(10 * 2**30) == 13 * 2**30

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASES', 'list_experiments', 'run_experiment', 'open_base', 'sample_prompts', 'read_config', 'evaluate_run',
-           'plan_memory', 'Parser', 'make_parser', 'main', 'complain']
+           'plan_memory', 'Parser', 'run_words', 'sample_words', 'eval_words', 'memory_words', 'make_parser', 'main',
+           'complain']
 
 # %% ../nbs/26_cli.ipynb #91674b69
 import argparse, json, re, sys, warnings
@@ -114,17 +115,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
 
 # %% ../nbs/26_cli.ipynb #d114348e
-def make_parser():
-    "What may be said to `vader`."
-    parser = Parser(prog='vader', description='Video diffusion alignment via reward gradients.')
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    def command(name, fn, about):
-        sub = commands.add_parser(name, help=about, description=about)
-        sub.set_defaults(fn=fn)
-        return sub.add_argument
-    add = command('list', list_experiments, 'say which experiments there are')
-    add('--json', action='store_true', help='for programs, with all settings')
-    add = command('run', run_experiment, 'run an experiment of the paper')
+def run_words(add):
+    "What may be said to `vader run`."
     add('experiment', metavar='EXPERIMENT', help='a name from vader list')
     add('--scale', default='small', metavar='SCALE', help='small (shipped with this package) or full (published weights); default: small')
     add('--steps', type=int, metavar='N', help='optimizer steps')
@@ -134,7 +126,9 @@ def make_parser():
     add('--out', metavar='DIR', help='the run folder; default: runs/EXPERIMENT-SCALE-SEED')
     add('--resume', action='store_true', help='go on with the run in that folder, if there is one')
     add('--wandb', action='store_true', help='log to Weights & Biases too')
-    add = command('sample', sample_prompts, 'make clips of prompts')
+
+def sample_words(add):
+    "What may be said to `vader sample`."
     add('prompt', nargs='+', metavar='PROMPT', help='what to show, in quotes')
     add('--base', default='modelscope', metavar='B', help='the base model; default: modelscope')
     add('--scale', default='small', metavar='SCALE', help='small or full; default: small')
@@ -144,17 +138,37 @@ def make_parser():
     add('--seed', type=int, default=0, metavar='S', help='decides the noise; default: 0')
     add('--device', metavar='D', help='cpu, cuda or mps')
     add('--out', default='samples', metavar='DIR', help='where the clips go; default: samples')
-    add = command('eval', evaluate_run, 'score a run on its held-out prompts, before and after')
+
+# %% ../nbs/26_cli.ipynb #93055031
+def eval_words(add):
+    "What may be said to `vader eval`."
     add('run', metavar='RUN', help='a run folder')
     add('--device', metavar='D', help='cpu, cuda or mps')
-    add = command('memory', plan_memory, 'foretell the peak memory of a training step at full size, and what makes it fit')
-    add('--base', default='modelscope', metavar='B', help='modelscope, videocrafter, opensora or svd; default: modelscope')
+
+def memory_words(add):
+    "What may be said to `vader memory`."
+    add('--base', default='modelscope', metavar='B', help='modelscope, videocrafter, opensora, svd or wan; default: modelscope')
     add('--reward', default='hps', metavar='R', help='aesthetic, hps or vjepa; default: hps')
     add('--frames', type=int, metavar='N', help="frames of a clip; default: the base's own")
     add('--size', metavar='HxW', help="height and width; default: the base's own")
     add('--k', type=int, default=1, metavar='K', help='sampling steps with a gradient; default: 1')
     add('--rounds', type=int, default=1, metavar='N', help='clips that go on from each other; default: 1')
     add('--budget', type=float, default=16., metavar='GB', help='memory of the card; default: 16')
+
+# %% ../nbs/26_cli.ipynb #ebf408af
+def make_parser():
+    "What may be said to `vader`."
+    parser = Parser(prog='vader', description='Video diffusion alignment via reward gradients.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    def command(name, fn, about):
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(fn=fn)
+        return sub.add_argument
+    command('list', list_experiments, 'say which experiments there are')('--json', action='store_true', help='for programs, with all settings')
+    run_words(command('run', run_experiment, 'run an experiment of the paper'))
+    sample_words(command('sample', sample_prompts, 'make clips of prompts'))
+    eval_words(command('eval', evaluate_run, 'score a run on its held-out prompts, before and after'))
+    memory_words(command('memory', plan_memory, 'foretell the peak memory of a training step at full size, and what makes it fit'))
     return parser
 
 # %% ../nbs/26_cli.ipynb #2609ddd4

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'BASES', 'REWARDS', 'weightless', 'remembering', 'modelscope', 'videocrafter', 'BlindOpenSora', 'opensora',
-           'SVD', 'svd', 'aesthetic', 'hps', 'vjepa', 'Base', 'find', 'video_of', 'ready', 'simulate']
+           'BlindSVD', 'svd', 'wan', 'aesthetic', 'hps', 'vjepa', 'Base', 'find', 'video_of', 'ready', 'simulate']
 
 # %% ../nbs/25a_fullsize.ipynb #a1c1253d
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .core import check, generator, pick_dtype
-from .memory import add_lora, pick_frames, recompute
+from .memory import add_lora, recompute
 from .meter import measure, networks
 from .models.modelscope import ModelScope
 from .models.opensora import OpenSora
+from .models.svd import NOISE_LEVELS, SVD, ImageCondition
 from .models.videocrafter import FULL_VAE, SCHEDULE, OpenClipText, VideoCrafter, full_parts
+from .models.wan import Wan
 from .nets.opensora_vae import OpenSoraVAE
 from .nets.stdit3 import STDiT3
 from .nets.vjepa import VJepa, VJepaConfig
@@ -78,34 +81,33 @@ def opensora():
     return remembering(BlindOpenSora(STDiT3().eval(), OpenSoraVAE().eval(), text.eval(), None), 300, 4096)
 
 # %% ../nbs/25a_fullsize.ipynb #4985e6be
-class SVD(VideoModel):
-    "Stable Video Diffusion on meta."
-    name, native_size, chunk = 'svd', (14, 320, 576), 2
-    def __init__(self):
-        from diffusers import AutoencoderKLTemporalDecoder, DDIMScheduler, UNetSpatioTemporalConditionModel
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        super().__init__(UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20), num_frames=14).eval().requires_grad_(False), DDIMScheduler(**SCHEDULE))
-        eye = CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024)
-        sizes = {k: FULL_VAE[k] for k in ('block_out_channels', 'down_block_types', 'layers_per_block')}
-        self.vae, self.image_encoder = freeze(AutoencoderKLTemporalDecoder(**sizes)), freeze(CLIPVisionModelWithProjection(eye))
-
-    def encode(self, prompts, frames=None, height=None, width=None, generator=None):
-        e, (f, h, w) = self.embeds(prompts), self.size(frames, height, width)
-        return Condition(e, e, dict(image=e.new_empty(len(e), 4, f, h // 8, w // 8), ids=e.new_empty(len(e), 3)))
-
-    def denoise(self, x, t, embeds, image, ids):
-        both = torch.cat([x.to(self.dtype), image.to(self.dtype)], 1).transpose(1, 2)
-        return self.denoiser(both, t, embeds.to(self.dtype), ids).sample.transpose(1, 2).to(x.dtype)
-
-    def draw(self, z): return self.vae.decode(z[0].to(self.vae.dtype), num_frames=z.shape[1]).sample[None].to(z.dtype) / 2 + .5
-
-    def decode(self, latents, frames=None):
-        z = latents.transpose(1, 2)[:, slice(None) if frames is None else frames]
-        return torch.cat([recompute(self.draw, c) for c in z.split(self.chunk, 1)], 1)
+class BlindSVD(SVD):
+    "Stable Video Diffusion that has looked at every picture."
+    def encode(self, images, frames=None, height=None, width=None, generator=None):
+        e, (_, h, w) = self.embeds(images), self.size(frames, height, width)
+        return ImageCondition(e, e, dict(image=e.new_empty(len(e), 4, h // 8, w // 8), ids=e.new_empty(len(e), 3)))
 
 def svd():
-    "Stable Video Diffusion."
-    return remembering(SVD(), 1, 1024)
+    "Stable Video Diffusion with its image encoder, OpenCLIP's ViT-H; two frames are decoded together, and again in the backward pass."
+    from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    unet = UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20), num_frames=14)
+    vae = AutoencoderKLTemporalDecoder(**{k: FULL_VAE[k] for k in ('block_out_channels', 'down_block_types', 'layers_per_block')})
+    eye = CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024)
+    nets = [n.eval() for n in (unet, vae, CLIPVisionModelWithProjection(eye))]
+    with torch.device('cpu'): scheduler = EulerDiscreteScheduler(**NOISE_LEVELS)
+    model = BlindSVD(*nets, scheduler, None, (14, 320, 576), chunk=2)
+    model.draw = partial(recompute, model.draw)
+    return remembering(model, 1, 1024)
+
+# %% ../nbs/25a_fullsize.ipynb #9e679175
+def wan():
+    "Wan 2.1 of 1.3 billion weights, with its UMT5-XXL."
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+    nets = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30).eval(), AutoencoderKLWan().eval().float()
+    text = UMT5EncoderModel(UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64))
+    return remembering(Wan(*nets, text.eval(), None, FlowMatchEulerDiscreteScheduler(shift=3.)), 512, 4096)
 
 # %% ../nbs/25a_fullsize.ipynb #cf5553d1
 def aesthetic():
@@ -130,13 +132,14 @@ def vjepa():
 class Base:
     "A base model at full size."
     build: object            # function without arguments -> `VideoModel`
-    size: tuple              # frames, height, width of the authors' training
+    size: tuple              # frames, height, width of a training clip
     precision: str = 'fp16'
     guidance: float = 9.
     slices: bool = True      # can its decoder draw one frame at a time?
 
 BASES = dict(modelscope=Base(modelscope, (16, 256, 256)), videocrafter=Base(videocrafter, (12, 320, 512), guidance=12.),
-             opensora=Base(opensora, (51, 240, 426), 'bf16', 7.), svd=Base(svd, (14, 320, 576), slices=False))
+             opensora=Base(opensora, (51, 240, 426), 'bf16', 7.), svd=Base(svd, (14, 320, 576), slices=False),
+             wan=Base(wan, (33, 480, 832), 'bf16', 5., slices=False))
 REWARDS = dict(aesthetic=aesthetic, hps=hps, vjepa=vjepa)
 
 def find(table, what, name):
@@ -150,7 +153,8 @@ def video_of(model, config, rounds):
     g, cond, c = generator(0), model.encode([PROMPT], config.frames, config.height, config.width), config
     noise = lambda: model.noise(1, c.frames, c.height, c.width, g)
     latents = [differentiable_latents(model, cond, noise(), model.sampler(c.T), c.guidance, c.K, 'last', g) for _ in range(rounds)]
-    return torch.cat([model.decode(z, pick_frames(c.frames, c.decode, g)) for z in latents], 1)
+    shown = list(range(c.frames - c.decode, c.frames))  # the last ones: where a decoder looks back, they need most
+    return torch.cat([model.decode(z, shown) for z in latents], 1)
 
 def ready(optimizer):
     "An optimizer with its state and gradients in place, as in any step but the first."

@@ -114,7 +114,7 @@ def survey(words,           # one of `SETS`
            rewards=REWARDS, # names
            sizes=None       # some of `SIZES`; all by default
            ):
-    "Every base of the paper, at every size, with every reward, under the given tricks: yields what was asked and its `Reading`."
+    "Every base model, at every size, with every reward, under the given tricks: yields what was asked and its `Reading`."
     for base, f, h, w, rounds in sizes or SIZES:
         known = dict(zip(SETS, sets_for(base)))[words]
         for reward in rewards:

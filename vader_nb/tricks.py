@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRICKS', 'one_by_one', 'wrap', 'to_host', 'from_host', 'Waiting', 'Offload', 'Turns', 'take_turns', 'adam',
-           'check_tricks', 'use_tricks', 'decoder_of', 'checkpoint_reward', 'offload']
+           'check_tricks', 'decoder_of', 'checkpoint_reward', 'offload', 'use_tricks']
 
 # %% ../nbs/13b_tricks.ipynb #4c143583
 import importlib.util, weakref
@@ -172,21 +172,7 @@ def check_tricks(words # separated by blanks
     for n in names: check(n in TRICKS, f'unknown trick {n!r}: use some of {", ".join(TRICKS)}')
     return names
 
-def use_tricks(model,  # a `VideoModel`, with its LoRA
-               reward, # a `Reward`
-               words   # some of `TRICKS`, separated by blanks
-               ):
-    "Let a model and a reward that are to be trained with need less memory; once for each of them."
-    names = check_tricks(words)
-    again = 'offload' not in names
-    if 'layers' in names: checkpoint_activations(model); checkpoint_reward(reward)
-    if 'tiles' in names: model.vae.enable_tiling()
-    if not again: offload(model, reward)
-    if 'slices' in names: wrap(decoder_of(model), 'forward', lambda f, *a, **k: one_by_one(f, again, *a, **k))
-    if 'passes' in names: wrap(model.denoiser, 'forward', lambda f, *a, **k: one_by_one(f, again, *a, **k))
-    if 'turns' in names or 'park' in names: take_turns(model, reward, 'turns' in names)
-    return model
-
+# %% ../nbs/13b_tricks.ipynb #61a0d4b3
 def decoder_of(model):
     "The network that draws single frames; raises `VaderError` if a model's decoder needs neighbours in time."
     from diffusers import AutoencoderKL
@@ -203,3 +189,19 @@ def offload(model, reward):
     hooks = Offload(*networks(model).values(), reward)
     for thing, name in ((model.denoiser, 'forward'), (model, 'decode'), (reward, 'parts')): wrap(thing, name, hooks)
     return hooks
+
+# %% ../nbs/13b_tricks.ipynb #ccc089f5
+def use_tricks(model,  # a `VideoModel`, with its LoRA
+               reward, # a `Reward`
+               words   # some of `TRICKS`, separated by blanks
+               ):
+    "Let a model and a reward that are to be trained with need less memory; once for each of them."
+    names = check_tricks(words)
+    again = 'offload' not in names
+    if 'layers' in names: checkpoint_activations(model); checkpoint_reward(reward)
+    if 'tiles' in names: model.vae.enable_tiling()
+    if not again: offload(model, reward)
+    if 'slices' in names: wrap(decoder_of(model), 'forward', lambda f, *a, **k: one_by_one(f, again, *a, **k))
+    if 'passes' in names: wrap(model.denoiser, 'forward', lambda f, *a, **k: one_by_one(f, again, *a, **k))
+    if 'turns' in names or 'park' in names: take_turns(model, reward, 'turns' in names)
+    return model
