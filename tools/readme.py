@@ -22,9 +22,19 @@ def shown(out, name, pictures):
     "Markdown for one output of a code cell."
     data = out.get('data', {})
     if 'image/png' in data: return picture(data, name, pictures)
+    if 'image/jpeg' in data: return ''  # a strip or a player, too large for a README
     if 'text/markdown' in data: return text(data['text/markdown'])
     plain = text(out.get('text') or data.get('text/plain', '')).rstrip()
     return '\n'.join('    ' + line for line in plain.splitlines())
+
+
+def joined(outs):
+    "The outputs of a cell, in which text that was printed piece by piece is one piece."
+    whole = []
+    for o in outs:
+        if 'text' in o and whole and 'text' in whole[-1]: whole[-1] = {'text': text(whole[-1]['text']) + text(o['text'])}
+        else: whole.append(o)
+    return whole
 
 
 def prose(source):
@@ -41,7 +51,7 @@ def readme(nb):
         if cell['cell_type'] == 'markdown': parts.append(prose(source))
         elif cell['cell_type'] == 'code' and source.strip():
             parts.append(f'```python\n{option.sub("", source).strip()}\n```')
-            parts += [shown(o, f'index_{i}_{j}.png', pictures) for j, o in enumerate(cell['outputs'])]
+            parts += [shown(o, f'index_{i}_{j}.png', pictures) for j, o in enumerate(joined(cell['outputs']))]
     head = '<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->'
     return '\n\n'.join([head] + [p for p in parts if p.strip()]) + '\n', pictures
 
