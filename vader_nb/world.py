@@ -281,6 +281,7 @@ def _alpha(q, rows, columns, h):
     d = signed_distance(kind, cos * dx + sin * dy, (cos * dy - sin * dx) * up, a, b.abs().clamp(min=1e-4), r)
     return (.5 - d * h).clamp(0, 1)
 
+# %% ../nbs/04_world.ipynb #67b9c1bb
 def _paint(p, canvas, # (n, P, f, 11), (n, f, h, w, 3) painted in place
            cover      # (n, f, h, w) or None: gets the union of all parts
           ):
@@ -363,6 +364,15 @@ def noisy_labels(s:Scene, # n scenes
     return replace(s, activity=food, hat=told)
 
 # %% ../nbs/04_world.ipynb #bfe96f4c
+def _bend(x, strength, g):
+    "Bend the frames of clips by smooth random shifts; strength (n, 1, 1, 1, 1) in half frame sizes."
+    n, f, c, h, w = x.shape
+    grid = F.affine_grid(torch.eye(2, 3).expand(n * f, -1, -1), (n * f, c, h, w), align_corners=False)
+    shift = F.interpolate(torch.randn(n * f, 2, 7, 7, generator=g), (h, w), mode='bicubic').permute(0, 2, 3, 1)
+    grid = grid + strength.expand(-1, f, 1, 1, 1).reshape(-1, 1, 1, 1) * shift
+    return F.grid_sample(x.flatten(0, 1), grid, padding_mode='reflection', align_corners=False).view_as(x)
+
+# %% ../nbs/04_world.ipynb #d3f997b7
 SPOILS = ['noise', 'blur', 'blotches', 'pixels', 'waves']
 
 def spoil(video,     # (n, f, 3, h, w)
@@ -385,6 +395,7 @@ def spoil(video,     # (n, f, 3, h, w)
     if kind == 'waves': x = _bend(x, .18 * k, g)
     return x.clamp(0, 1)
 
+# %% ../nbs/04_world.ipynb #24057f1b
 def spoil_some(video,    # (n, f, 3, h, w)
                kinds,    # (n,) index into `SPOILS` for each clip, -1: leave it as it is
                strength, # (n,) in [0, 1]
@@ -396,14 +407,6 @@ def spoil_some(video,    # (n, f, 3, h, w)
         m = kinds == i
         if m.any(): x[m] = spoil(video[m], kind, strength[m], g)
     return x
-
-def _bend(x, strength, g):
-    "Bend the frames of clips by smooth random shifts; strength (n, 1, 1, 1, 1) in half frame sizes."
-    n, f, c, h, w = x.shape
-    grid = F.affine_grid(torch.eye(2, 3).expand(n * f, -1, -1), (n * f, c, h, w), align_corners=False)
-    shift = F.interpolate(torch.randn(n * f, 2, 7, 7, generator=g), (h, w), mode='bicubic').permute(0, 2, 3, 1)
-    grid = grid + strength.expand(-1, f, 1, 1, 1).reshape(-1, 1, 1, 1) * shift
-    return F.grid_sample(x.flatten(0, 1), grid, padding_mode='reflection', align_corners=False).view_as(x)
 
 # %% ../nbs/04_world.ipynb #ce6dae7a
 def _ramp(x, lo, hi): return ((x - lo) / (hi - lo)).clamp(0, 1)
