@@ -104,6 +104,13 @@ def test_masks_share_out_all_tokens(grid):
         frame = torch.zeros(grid).flatten().index_fill(0, hidden, 1).view(grid)
         assert (frame == frame[:1]).all(), 'blocks last for the whole clip'
 
+@pytest.mark.parametrize('context, times', [(1., 4), (.75, 3), (.5, 2), (.1, 1)])
+def test_context_from_the_first_frames(context, times):
+    "The same blocks; all that comes later is hidden as well."
+    for (v, h), (seen, _) in zip(draw_masks((4, 8, 8), generator(3), context), draw_masks((4, 8, 8), generator(3))):
+        assert torch.equal(v, seen[seen < times * 64])
+        assert torch.cat([v, h]).sort().values.tolist() == list(range(256))
+
 def test_an_empty_context_is_drawn_again():
     "Two blocks of 8 x 6 cover a frame of 8 x 8 every ninth or so time."
     for seed in range(60): assert len(block_mask((1, 8, 8), (8, 6), 2, generator(seed))[0])
@@ -154,6 +161,12 @@ def test_draws_average_over_masks_from_the_generator(net, video):
     assert singles.std(0).min() > 0
     assert torch.allclose(VJepaReward(net, draws=3)(video, generator=generator(3)), singles.mean(0), atol=1e-6)
 
+def test_a_context_of_the_first_frames_sees_no_others(net, video):
+    "With the target held fixed, only the pixels of the first half have a gradient."
+    slope = reward_gradient(VJepaReward(net, through_target=False, context=.5), video)[1]
+    assert (slope[:, 4:] == 0).all() and slope[:, :4].abs().amax() > 0
+    check_reward(VJepaReward(net, context=.5), video)
+
 def test_without_a_generator_always_the_same_masks(net, video):
     reward = VJepaReward(net)
     assert torch.equal(reward(video), reward(video)) and not torch.equal(reward(video), reward(video, generator=generator(9)))
@@ -176,6 +189,8 @@ def test_bad_input(net, video):
     reward = VJepaReward(net)
     with pytest.raises(VaderError, match='at least 8 frames, not 7'): reward(video[:, :7])
     with pytest.raises(VaderError, match='draws must be at least 1'): VJepaReward(net, draws=0)
+    for context in (0, 1.5):
+        with pytest.raises(VaderError, match='context must be a share'): VJepaReward(net, context=context)
     with pytest.raises(VaderError, match='not finite'): reward(video * float('nan'))
 
 # Files
@@ -248,7 +263,7 @@ def test_small_notices_disturbed_motion():
     "Not so an animal that becomes another, see 19b_vjepa: a known weakness of the small one, recorded in its card."
     reward, s = load_vjepa('small', 'cpu'), scenes(20, 77, 'any', activity='playing chess')
     with torch.no_grad(): worse = {k: (reward(draw(s)) > reward(disturbed(k, s, generator(1)))).float().mean() for k in ('shuffled', 'jittered')}
-    assert min(worse.values()) >= .8, worse
+    assert min(worse.values()) >= .9, worse
     assert {f'a clip scores above its {k} version, of 100' for k in DISTURBANCES} == set(card('vjepa')['quality'])
 
 def test_small_has_not_collapsed():

@@ -79,7 +79,9 @@ def block_size(grid,     # tokens along time, height, width
 
 def block_mask(grid, # tokens along time, height, width
                size, # height and width of a block
-               blocks, generator):
+               blocks, generator,
+               context=1. # share of the clip, from its first frame on, in which tokens may be visible
+               ):
     "Place blocks at random, again if nothing would stay visible: the numbers of the visible and of the hidden tokens, both sorted."
     check(min(grid[1:]) > 2, f'a frame of {grid[1]} x {grid[2]} tokens is too small for masks: it needs 3 x 3')
     (h, w), hidden = size, torch.ones(grid, dtype=torch.bool)
@@ -88,11 +90,12 @@ def block_mask(grid, # tokens along time, height, width
         for _ in range(blocks):
             y, x, _ = [torch.randint(n + 1, (1,), generator=generator, device=generator.device).item() for n in (grid[1] - h, grid[2] - w, 0)]   # the last: the start in time
             hidden[:, y:y + h, x:x + w] = True
+        hidden[max(1, int(context * grid[0])):] = True
     return (~hidden).flatten().nonzero()[:, 0], hidden.flatten().nonzero()[:, 0]
 
-def draw_masks(grid, generator):
+def draw_masks(grid, generator, context=1.):
     "One mask of each kind in `MASKS`: a list of (visible, hidden)."
-    return [block_mask(grid, block_size(grid, share, generator), blocks, generator) for share, blocks in MASKS]
+    return [block_mask(grid, block_size(grid, share, generator), blocks, generator, context) for share, blocks in MASKS]
 
 # %% ../../nbs/19a_vjepa_net.ipynb #8d0aaed1
 class Attention(nn.Module):

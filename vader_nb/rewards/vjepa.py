@@ -19,7 +19,7 @@ from ..models.modelscope import load_net
 from ..nets.vjepa import VJepaConfig, draw_masks, load_vjepa_net, masked_error, take
 from ..reward import Reward, freeze
 from .aesthetic import center_crop, resize_shorter
-from ..world import ANIMALS, draw, scenes, spoil
+from ..world import ANIMALS, draw, spoil
 from ..zoo import model_path
 
 # %% ../../nbs/19b_vjepa.ipynb #1130a70a
@@ -51,19 +51,21 @@ class VJepaReward(Reward):
     "Minus V-JEPA's loss: how well the hidden parts of a clip follow from the visible ones; 0 is perfect, about -0.8 no better than chance."
     name, wants = 'vjepa', 'clip'
     def __init__(self,
-                 net,                # `VJepa` or `VJepa2`
-                 draws=2,            # pairs of masks (short-range, long-range) to average over
-                 through_target=True # does the gradient also flow through the target encoder? In V-JEPA's training it does not
+                 net,                 # `VJepa` or `VJepa2`
+                 draws=2,             # pairs of masks (short-range, long-range) to average over
+                 through_target=True, # does the gradient also flow through the target encoder? In V-JEPA's training it does not
+                 context=1.           # share of the clip, from its first frame on, in which tokens may be visible
                  ):
         super().__init__()
         check(draws > 0, f'draws must be at least 1, not {draws}')
-        self.net, self.draws, self.through_target = freeze(net), draws, through_target
+        check(0 < context <= 1, f'context must be a share of the clip above 0 and at most 1, not {context}')
+        self.net, self.draws, self.through_target, self.context = freeze(net), draws, through_target, context
         self.min_frames = net.config.frames
 
     def masks(self, generator=None, device=None):
         "The masks of one call: (visible, hidden) of each kind in turn. Without a generator always the same, so that scores compare."
         g = seeded(0) if generator is None else generator
-        return [(v.to(device), h.to(device)) for _ in range(self.draws) for v, h in draw_masks(self.net.config.grid, g)]
+        return [(v.to(device), h.to(device)) for _ in range(self.draws) for v, h in draw_masks(self.net.config.grid, g, self.context)]
 
     def score(self, video, prompts, generator):
         pieces = windows(video, self.net.config.frames)
