@@ -45,7 +45,7 @@ def lvdm_loss(net, batches,  # network and `Batches`
 
 # %% ../../nbs/zoo/11_videocrafter.ipynb #7794d693
 ABOUT = ("An `LVDM`, VideoCrafter2's network, that draws dull clips of the small world from noisy captions; VAE and text tower are the small ModelScope's, "
-         "from whose denoiser its weights were carried over.")
+         "from whose denoiser its training began.")
 
 def publish(state,  # of an `LVDM`
             facts,  # dict: data, steps, seed, command
