@@ -108,7 +108,7 @@ class VideoCrafter(VideoModel):
         super().__init__(unet.requires_grad_(False), DDIMScheduler(**SCHEDULE))
         self.vae, self.read, self.native_size, self.fps = vae.requires_grad_(False), read, native_size, fps
         self.latent_channels, self.vae_scale = unet.settings['latent'], 2**(len(vae.config.block_out_channels) - 1)
-        self.grain = self.vae_scale * 2**(len(unet.widths) - 1)
+        self.grain = self.vae_scale * 2**(len(unet.settings['mults']) - 1)
 
     def embed(self, prompts): return self.read(prompts)
 
