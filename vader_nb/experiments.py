@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'NO_ACTION', 'KINETICS_LABELS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'videocrafter_full',
-           'videocrafter_small', 'opensora_full', 'opensora_small', 'modelscope_full', 'EXPERIMENTS', 'is_action',
-           'hps_actions', 'activity_prompts', 'spread', 'Experiment', 'action_prompts', 'hat_prompts', 'animal_prompts',
-           'book_prompts', 'label_prompts', 'creative_prompts', 'asked_often', 'load_hps21', 'load_hps_aesthetic',
-           'find_experiment', 'experiment_config', 'own_device', 'load', 'run']
+           'videocrafter_small', 'opensora_full', 'opensora_small', 'svd_full', 'svd_small', 'modelscope_full',
+           'EXPERIMENTS', 'is_action', 'hps_actions', 'activity_prompts', 'spread', 'Experiment', 'action_prompts',
+           'hat_prompts', 'animal_prompts', 'book_prompts', 'label_prompts', 'creative_prompts', 'asked_often',
+           'image_files', 'dog_images', 'load_hps21', 'load_hps_aesthetic', 'find_experiment', 'experiment_config',
+           'own_device', 'load', 'run']
 
 # %% ../nbs/25_experiments.ipynb #ae4dba3e
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 import torch
 from .core import VaderError, check, pick_device, read_json
 from .evaluate import judge_clips
 from .models.modelscope import load_modelscope
+from .models.svd import load_svd
 from .models.opensora import OpenSora, drop_text_encoder, load_opensora
 from .models.videocrafter import load_videocrafter
 from .rewards.action import load_action
@@ -152,6 +156,23 @@ def asked_often(
         return train, tests * (n if scale == 'small' else 1)
     return often
 
+# %% ../nbs/25_experiments.ipynb #94415289
+def image_files(
+    folder,
+):  # -> list of paths, sorted
+    "The image files in a folder; raises `VaderError` if there are none."
+    files = sorted(str(f) for f in Path(folder).glob('*') if f.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp'))
+    check(files, f'no PNG, JPEG or WebP file in {folder}: put start images there')
+    return files
+
+def dog_images(
+    scale,  # 'small' or 'full'
+):  # -> names of start images to train on, and held-out ones
+    "Labradors to train on and malteses to test on, or the user's own folders at full scale."
+    own = os.environ.get('VADER_IMAGES') if scale == 'full' else None
+    if own: return [image_files(Path(own)/split) for split in ('train', 'test')]
+    return [[f'a {dog} {doing} ({i})' for i in range(5) for doing in TEST_ACTIVITIES] for dog in ('labrador', 'maltese')]
+
 # %% ../nbs/25_experiments.ipynb #603f8985
 def load_hps21(
     scale='small',  # 'small' or 'full'
@@ -176,6 +197,10 @@ opensora_full = dict(steps=800, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8
                      frames=51, height=240, width=426, precision='bf16', tricks='layers', save_every=5)
 opensora_small = dict(sampler='rflow', frames=17, eval_every=10)
 
+svd_full = dict(steps=300, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=25, K=10, where='x0', sampler='euler', guidance=3.,
+                frames=14, height=320, width=576, precision='fp16', tricks='layers', save_every=5)
+svd_small = dict(steps=20, lr=4e-3, K=8, sampler='euler', guidance=2., eval_every=10)
+
 modelscope_full = dict(steps=300, batch=1, accumulate=16, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='dpm++', guidance=9.,
                        frames=16, height=256, width=256, precision='fp16', tricks='layers', save_every=5)
 
@@ -196,6 +221,8 @@ EXPERIMENTS = {
     'videocrafter-remove-book': Experiment('Figure 5', 'VideoCrafter2 learns to leave out the book that it is asked for', load_videocrafter, load_objects,
                                            book_prompts, dict(steps=30, T=10), videocrafter_full),
     'opensora-pickscore': Experiment('Figure 6', 'Open-Sora learns what people pick', load_opensora, load_pickscore, action_prompts, opensora_small, opensora_full),
+    'svd-aesthetic-dogs': Experiment('Table 1', 'Stable Video Diffusion learns to please the aesthetic predictor, on labradors; tested on malteses', load_svd, load_aesthetic,
+                                     dog_images, svd_small, svd_full),
     'opensora-hps21': Experiment('Figure 6', 'Open-Sora learns what people like', load_opensora, load_hps21, hat_prompts, opensora_small, opensora_full),
 }
 
