@@ -195,7 +195,7 @@ videocrafter_small = dict(steps=20, lr=3e-3, T=10)  # a T that divides 1000: its
 
 opensora_full = dict(steps=800, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=30, K=1, where='last', sampler='rflow', guidance=7.,
                      frames=51, height=240, width=426, precision='bf16', tricks='layers', save_every=5)
-opensora_small = dict(sampler='rflow', frames=17, eval_every=10)
+opensora_small = dict(steps=20, sampler='rflow', frames=17)
 
 svd_full = dict(steps=300, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=25, K=10, where='x0', sampler='euler', guidance=3.,
                 frames=14, height=320, width=576, precision='fp16', tricks='layers', save_every=5)
