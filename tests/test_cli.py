@@ -44,6 +44,11 @@ def test_run_resume_eval_sample(capsys, tmp_path):
     code, out, _ = said(capsys, 'sample', '--lora', run/'lora', '--steps', 2, '--out', tmp_path/'clips', *PROMPTS[:2])
     assert code == 0 and len(list((tmp_path/'clips').glob('*.gif'))) == len(list((tmp_path/'clips').glob('*.mp4'))) == 2
 
+@pytest.mark.parametrize('base', ['opensora', 'svd', 'videocrafter'])
+def test_sample_with_each_base_and_its_own_sampler(capsys, tmp_path, base):
+    code, out, err = said(capsys, 'sample', '--base', base, '--steps', 2, '--out', tmp_path, '--device', 'cpu', 'a labrador playing chess')
+    assert code == 0 and out.split() == [str(tmp_path/'a-labrador-playing-chess-0.gif')], err
+
 @pytest.mark.parametrize('args, words', [
     (['run', 'modelscope-beauty'], 'unknown experiment'), (['run', 'tiny', '--scale', 'huge'], 'unknown scale'), (['run', 'tiny', '--device', 'tpu'], 'unknown device'),
     (['run', 'tiny', '--steps', '-3'], 'steps is -3'), (['run', 'tiny', '--steps', 'many'], "invalid int value: 'many'"), (['run', 'tiny', '--precision', 'fp16', '--device', 'cpu'], 'fp16 needs a GPU'),

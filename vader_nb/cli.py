@@ -37,7 +37,7 @@ def run_experiment(
     PartialState().destroy_process_group()
 
 # %% ../nbs/26_cli.ipynb #57303223
-BASES = dict(modelscope='load_modelscope', videocrafter='load_videocrafter')  # name -> function of vader_nb.models.NAME
+BASES = 'modelscope', 'videocrafter', 'opensora', 'svd', 'wan'  # load_NAME in vader_nb.models.NAME
 
 def open_base(
     args,  # with `base`, `scale`, `device`, `lora`
@@ -47,7 +47,7 @@ def open_base(
     from vader_nb.core import check
     from vader_nb.memory import load_lora
     check(args.base in BASES, f'unknown base {args.base!r}: use one of {", ".join(BASES)}')
-    model = getattr(import_module(f'vader_nb.models.{args.base}'), BASES[args.base])(args.scale, args.device)
+    model = getattr(import_module(f'vader_nb.models.{args.base}'), f'load_{args.base}')(args.scale, args.device)
     if args.lora: load_lora(model, args.lora)
     return model
 
@@ -129,8 +129,8 @@ def run_words(add):
 
 def sample_words(add):
     "What may be said to `vader sample`."
-    add('prompt', nargs='+', metavar='PROMPT', help='what to show, in quotes')
-    add('--base', default='modelscope', metavar='B', help='the base model; default: modelscope')
+    add('prompt', nargs='+', metavar='PROMPT', help='what to show, in quotes; for svd a caption or the file of a start image')
+    add('--base', default='modelscope', metavar='B', help='modelscope, videocrafter, opensora, svd or wan; default: modelscope')
     add('--scale', default='small', metavar='SCALE', help='small or full; default: small')
     add('--lora', metavar='DIR', help='the lora folder of a run')
     add('--steps', type=int, default=25, metavar='N', help='sampling steps; default: 25')

@@ -70,16 +70,17 @@ def sample(
     steps=25,          # T
     guidance=4.,
     seed=0,            # decides the noise: the same seed, the same clips
-    kind='ddim',       # of sampler
+    kind=None,         # of sampler; by default the model's own
     eta=0.,            # DDIM's share of fresh noise
-    size=(),           # frames, height, width; the model's own by default
+    size=(),           # frames, height, width; by default the model's own
 ):
     "Clips `(b,f,3,h,w)`, clamped to [0, 1] for showing."
     rng = seeded(seed)
     with torch.no_grad(), eval_mode(model.denoiser):
         cond = model.encode(prompts, *size, generator=rng)
         x = model.noise(len(cond), *size, generator=rng)
-        state = last(rollout(model, cond, x, model.sampler(steps, kind, eta, size), guidance, generator=rng))
+        sampler = model.sampler(steps, **(dict(kind=kind) if kind else {}), eta=eta, size=size)
+        state = last(rollout(model, cond, x, sampler, guidance, generator=rng))
         return model.decode(state.step.x).clamp(0, 1)
 
 # %% ../nbs/12_rollout.ipynb #8d41aa3c
