@@ -108,7 +108,7 @@ def ladder(base='modelscope', reward='hps'):
     for name, changes, words in RUNGS: yield name, cached(base, reward, replace(c, **dict(decode=c.frames) | changes), words)
 
 SIZES = [('modelscope', 16, 256, 256, 1), ('modelscope', 16, 384, 384, 1), ('videocrafter', 12, 320, 512, 1), ('opensora', 51, 240, 426, 1), ('opensora', 51, 360, 640, 1),
-         ('svd', 14, 320, 576, 1), ('svd', 14, 576, 1024, 1), ('svd', 14, 320, 576, 3), ('svd', 14, 576, 1024, 3)]
+         ('svd', 14, 320, 576, 1), ('svd', 14, 576, 1024, 1), ('svd', 14, 320, 576, 3), ('svd', 14, 576, 1024, 3), ('wan', 33, 480, 832, 1)]
 
 def survey(words,           # one of `SETS`
            rewards=REWARDS, # names
@@ -124,7 +124,7 @@ def survey(words,           # one of `SETS`
 def record_ladder(folder # receives ladder.json
                   ):
     "Simulate all that the pictures of this notebook show, and write it down; takes some ten minutes."
-    rows = dict(ladder=ladder(), moderate=survey(SETS[3], ['hps'], SIZES[:7]), frugal=survey(SETS[5]))
+    rows = dict(ladder=ladder(), moderate=survey(SETS[3], ['hps'], [s for s in SIZES if s[-1] == 1]), frugal=survey(SETS[5]))
     write_json(Path(folder)/'ladder.json', {k: [[name, asdict(r)] for name, r in v] for k, v in rows.items()})
 
 # %% ../nbs/25b_planner.ipynb #49e5d5a6
