@@ -62,7 +62,7 @@ def test_every_full_checkpoint_says_what_it_takes():
 
 @pytest.mark.parametrize('file', files, ids=[str(f.relative_to(root)) for f in files])
 def test_small_weights_are_small_and_half_precision(file):
-    assert file.stat().st_size <= 3.3e6
+    assert file.stat().st_size <= (5.2e6 if file.parent.parent.name == 'svd' else 3.3e6)  # SVD's norms have 32 groups, so that no narrower network works
     with safe_open(file, 'pt') as f: assert {f.get_slice(k).get_dtype() for k in f.keys()} <= {'F16', 'I64'}
 
 def test_the_zoo_fits_in_forty_megabytes():
