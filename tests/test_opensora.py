@@ -428,3 +428,24 @@ def test_what_pretraining_publishes_can_be_loaded(tmp_path):
         video = sample(model, ['a panda riding a bike'], 1, 4., kind='rflow')
     assert (z.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < .01  # unit scale
     assert video.shape == (1, 17, 3, 64, 64) and model.vae.image_vae.config.scaling_factor == model.vae.image_scale == 1
+
+def test_the_linear_start_takes_each_place_alone():
+    from vader_nb.nets.opensora_vae import CausalConv3d, ResBlock3d
+    from vader_nb.pretrain.opensora_vae import linear_start, make_temporal
+    torch.manual_seed(0)
+    vae = linear_start(make_temporal())
+    for m in vae.modules():
+        if not isinstance(m, CausalConv3d): continue
+        w, k = m.conv.weight.clone(), m.conv.kernel_size[0]
+        w[..., k // 2, k // 2] = 0
+        assert not w.any()  # nothing but the middle
+    block, x = next(m for m in vae.modules() if isinstance(m, ResBlock3d) and not hasattr(m, 'conv3')), torch.randn(1, 16, 5, 4, 4)
+    assert torch.equal(block(x), x)
+    assert vae.encode(torch.randn(2, 4, 17, 4, 4)).chunk(2, 1)[1].mean() < -5  # a narrow posterior
+
+def test_the_shipped_one_samples():
+    model = load_opensora('small', 'cpu')
+    video = sample(model, ['a panda riding a bike'], 2, 4., kind='rflow')
+    assert video.shape == (1, 17, 3, 64, 64) and video.std() > .02
+    x = torch.randn(1, 4, 17, 4, 4, generator=generator(0))
+    assert torch.isfinite(model.vae.temporal_vae.encode(x)).all() and (model.vae.scale > 0).all()
