@@ -239,7 +239,8 @@ def test_prompts_of_the_experiment():
     assert not {p.split()[1] for p in train} & {p.split()[1] for p in tests}
     assert hat_prompts('full') == action_prompts('full')
     e = EXPERIMENTS['modelscope-hps']
-    assert e.prompts is hat_prompts and e.reward is load_hps and e.full == EXPERIMENTS['modelscope-aesthetic'].full
+    assert tuple(e.prompts('small')) == (train, tests * 4)
+    assert e.prompts('full')[1] == action_prompts('full')[1] and e.reward is load_hps and e.full == EXPERIMENTS['modelscope-aesthetic'].full
 
 # How the small one was made
 
