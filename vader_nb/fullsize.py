@@ -88,7 +88,7 @@ class BlindSVD(SVD):
         return ImageCondition(e, e, dict(image=e.new_empty(len(e), 4, h // 8, w // 8), ids=e.new_empty(len(e), 3)))
 
 def svd():
-    "Stable Video Diffusion with its image encoder, OpenCLIP's ViT-H; two frames are decoded together, and again in the backward pass."
+    "Stable Video Diffusion with its image encoder, OpenCLIP's ViT-H; one frame is decoded at a time, and again in the backward pass."
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     unet = UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20), num_frames=14)
@@ -96,7 +96,7 @@ def svd():
     eye = CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024)
     nets = [n.eval() for n in (unet, vae, CLIPVisionModelWithProjection(eye))]
     with torch.device('cpu'): scheduler = EulerDiscreteScheduler(**NOISE_LEVELS)
-    model = BlindSVD(*nets, scheduler, None, (14, 320, 576), chunk=2)
+    model = BlindSVD(*nets, scheduler, None, (14, 320, 576), chunk=1)
     model.draw = partial(recompute, model.draw)
     return remembering(model, 1, 1024)
 
