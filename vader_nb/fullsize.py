@@ -9,16 +9,15 @@ __all__ = ['PROMPT', 'BASES', 'REWARDS', 'weightless', 'remembering', 'modelscop
 # %% ../nbs/25a_fullsize.ipynb #a1c1253d
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from .core import check, generator, pick_dtype
-from .memory import add_lora, recompute
+from .memory import add_lora
 from .meter import measure, networks
 from .models.modelscope import ModelScope
 from .models.opensora import OpenSora
-from .models.svd import NOISE_LEVELS, SVD, ImageCondition
+from .models.svd import NOISE_LEVELS, SIZES, SVD, ImageCondition
 from .models.videocrafter import FULL_VAE, SCHEDULE, OpenClipText, VideoCrafter, full_parts
 from .models.wan import Wan
 from .nets.opensora_vae import OpenSoraVAE
@@ -88,7 +87,7 @@ class BlindSVD(SVD):
         return ImageCondition(e, e, dict(image=e.new_empty(len(e), 4, h // 8, w // 8), ids=e.new_empty(len(e), 3)))
 
 def svd():
-    "Stable Video Diffusion with its image encoder, OpenCLIP's ViT-H; one frame is decoded at a time, and again in the backward pass."
+    "Stable Video Diffusion with its image encoder, OpenCLIP's ViT-H."
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     unet = UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20), num_frames=14)
@@ -96,9 +95,7 @@ def svd():
     eye = CLIPVisionConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024)
     nets = [n.eval() for n in (unet, vae, CLIPVisionModelWithProjection(eye))]
     with torch.device('cpu'): scheduler = EulerDiscreteScheduler(**NOISE_LEVELS)
-    model = BlindSVD(*nets, scheduler, None, (14, 320, 576), chunk=1)
-    model.draw = partial(recompute, model.draw)
-    return remembering(model, 1, 1024)
+    return remembering(BlindSVD(*nets, scheduler, None, **SIZES['full']), 1, 1024)
 
 # %% ../nbs/25a_fullsize.ipynb #9e679175
 def wan():

@@ -11,6 +11,7 @@ __all__ = ['NOISE_LEVELS', 'SIZES', 'start_image', 'is_picture', 'described', 'c
 import re
 from pathlib import Path
 import torch
+from torch.utils.checkpoint import checkpoint
 from ..core import VaderError, check, from_frames, generator as seeded, pick_device, pick_dtype, randn, swap_cf, to_frames
 from .modelscope import load_net, read_part
 from ..video_model import Condition, VideoModel, check_frames
@@ -184,10 +185,10 @@ class SVD(VideoModel):
         return from_frames(self.vae.decode(scaled.to(p.dtype), num_frames=z.shape[1]).sample, len(z)).to(z.dtype) / 2 + .5
 
     def decode(self, latents, frames=None):
-        "Pixels `(b,f,3,H,W)` of the asked frames (all where None), each decoded with the others of its chunk."
+        "Pixels `(b,f,3,H,W)` of the asked frames (all where None), each decoded with the others of its chunk, and again where a gradient comes back."
         z, n = swap_cf(latents), self.chunk or latents.shape[2]
         asked = check_frames(range(z.shape[1]) if frames is None else frames, z.shape[1])
-        drawn = {k: self.draw(z[:, k*n:(k+1)*n]) for k in sorted({i // n for i in asked})}
+        drawn = {k: checkpoint(self.draw, z[:, k*n:(k+1)*n], use_reentrant=False) for k in sorted({i // n for i in asked})}
         return torch.stack([drawn[i // n][:, i % n] for i in asked], 1)
 
     def sampler(self, steps, kind='euler', eta=0., size=()):
@@ -211,7 +212,7 @@ def open_svd(
     return SVD(*nets, *parts, **how)
 
 # %% ../../nbs/10_svd.ipynb #15a31868
-SIZES = dict(small=dict(native_size=(8, 64, 64), chunk=4), full=dict(native_size=(14, 576, 1024), chunk=2))
+SIZES = dict(small=dict(native_size=(8, 64, 64), chunk=4), full=dict(native_size=(14, 576, 1024), chunk=1))
 
 def load_svd(
     scale='small',  # 'small': shipped with this package; 'full': stabilityai/stable-video-diffusion-img2vid, 4.5 GB in half precision
