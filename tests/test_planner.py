@@ -1,21 +1,23 @@
 "The planner: the simulated step is the trainer's, the cheapest set that fits is found, and the command speaks plainly."
 from dataclasses import replace
+from pathlib import Path
 
 import pytest, torch
 from tiny_models import tiny_pipeline
 from vader_nb import fullsize, planner
 from vader_nb.cli import main
-from vader_nb.core import VaderError, generator
+from vader_nb.core import VaderError, generator, read_json
 from vader_nb.fullsize import BASES, REWARDS, Base, remembering, simulate, weightless
 from vader_nb.memory import add_lora
 from vader_nb.meter import Reading, measure, networks
 from vader_nb.models.modelscope import ModelScope
-from vader_nb.planner import SETS, arithmetic, cached, config_for, describe, plan, sets_for
+from vader_nb.planner import SETS, SIZES, arithmetic, cached, config_for, describe, plan, sets_for, survey
 from vader_nb.reward import reward_from
 from vader_nb.train import vader_step
 from vader_nb.tricks import use_tricks
 
 SIZE = (8, 64, 64)
+RECORDED = Path(__file__).parents[1]/'nbs/recorded/memory-ladder'
 
 def contrast(): return reward_from(lambda video, prompts: video.flatten(1).std(1), 'contrast')
 
@@ -106,3 +108,18 @@ def test_the_command(capsys, monkeypatch):
     assert main(['memory', '--base', 'tiny', '--reward', 'contrast', '--budget', '2', '--frames', '4', '--size', '32x32']) == 0
     out = capsys.readouterr().out
     assert 'tiny with contrast: 4 x 32 x 32, K = 1' in out and 'fits in 2 GB' in out and 'tricks: layers' in out
+
+@pytest.mark.parametrize('base', ['modelscope', 'videocrafter', 'opensora', 'svd', 'wan'])
+def test_the_recorded_survey_is_of_this_code(base):
+    "Exactly so with the versions that it was recorded with; others may make or spare a copy."
+    rows = {tuple(asked): row for asked, row in read_json(RECORDED/'ladder.json')['frugal']}
+    size = next(s for s in SIZES if s[0] == base)
+    (asked, now), = survey(SETS[5], ['aesthetic'], [size])
+    assert now.peak == pytest.approx(rows[asked]['peak'], rel=.02)
+
+def test_a_changed_adapter_is_another_question(monkeypatch, tmp_path):
+    config = config_for('tiny', 'contrast')
+    for code in 'aab':
+        monkeypatch.setattr(planner, 'fingerprint', lambda: code)
+        cached('tiny', 'contrast', config)
+    assert len(list((tmp_path/'vader_nb').rglob('*.json'))) == 2

@@ -7,6 +7,7 @@ __all__ = ['PROMPT', 'BASES', 'REWARDS', 'weightless', 'remembering', 'modelscop
            'BlindSVD', 'svd', 'wan', 'aesthetic', 'hps', 'vjepa', 'Base', 'find', 'video_of', 'ready', 'simulate']
 
 # %% ../nbs/25a_fullsize.ipynb #a1c1253d
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -176,4 +177,4 @@ def simulate(base,      # one of `BASES`
     def step():
         torch.autograd.backward(-judge(video_of(model, config, rounds), [PROMPT], generator(0)).mean())
         optimizer.step()
-    return measure(step, model, judge, optimizer, dtype)
+    with warnings.catch_warnings(action='ignore'): return measure(step, model, judge, optimizer, dtype)  # two steps make a poor sampler, but need as much
