@@ -9,7 +9,7 @@ from vader_nb.cli import main
 from vader_nb.core import VaderError, generator, read_json
 from vader_nb.fullsize import BASES, REWARDS, Base, remembering, simulate, weightless
 from vader_nb.memory import add_lora
-from vader_nb.meter import Reading, measure, networks
+from vader_nb.meter import Reading, Recall, measure, networks
 from vader_nb.models.modelscope import ModelScope
 from vader_nb.planner import SETS, SIZES, arithmetic, cached, config_for, describe, plan, sets_for, survey
 from vader_nb.reward import reward_from
@@ -123,3 +123,24 @@ def test_a_changed_adapter_is_another_question(monkeypatch, tmp_path):
         monkeypatch.setattr(planner, 'fingerprint', lambda: code)
         cached('tiny', 'contrast', config)
     assert len(list((tmp_path/'vader_nb').rglob('*.json'))) == 2
+
+def test_remembered_shapes_change_no_figure(monkeypatch):
+    config = replace(config_for('tiny', 'contrast', K=2), rank=4)
+    told = simulate('tiny', 'contrast', config, 'layers passes offload')
+    monkeypatch.setattr(Recall, '__call__', lambda self, func, args, kw: func(*args, **kw))
+    assert simulate('tiny', 'contrast', config, 'layers passes offload') == told
+
+def test_what_is_remembered_is_new_and_of_meta():
+    recall, ops = Recall(), torch.ops.aten
+    x = torch.empty(4, 6, device='meta').t()
+    def same(op, *args):
+        first, again = [recall(op, args, {}) for _ in range(2)]
+        assert (first.shape, first.stride(), first.dtype) == (again.shape, again.stride(), again.dtype)
+        return first.untyped_storage()._cdata, again.untyped_storage()._cdata, x.untyped_storage()._cdata
+    assert len(set(same(ops.add.Tensor, x, 1))) == 3 and len(recall.known) == 1
+    for op, *args in ((ops.t.default, x), (ops._unsafe_view.default, x, [6, 4]), (ops.mul_.Tensor, x, 2)): assert len(set(same(op, *args))) == 1
+    assert len(recall.known) == 1
+    assert recall(ops.add.Tensor, (torch.ones(2), torch.ones(2)), {}).tolist() == [2, 2] and len(recall.known) == 1  # numbers are computed
+    assert recall(ops.mul.Tensor, (x, 2), {}).dtype == torch.float32 and recall(ops.mul.Tensor, (torch.empty(3, dtype=torch.int64, device='meta'), 2.), {}).dtype == torch.float32
+    a, b = recall(ops.split.Tensor, (x, 3), {}), recall(ops.cat.default, ([x, x], 1), {})
+    assert len(a) == 2 and b.shape == recall(ops.cat.default, ([x, x], 1), {}).shape == (6, 8)
