@@ -61,10 +61,13 @@ def flat(values):
 
 def question(func, args, kw):
     "What the result's shape depends on; None where that is more than shapes."
-    values = flat((*args, *kw.values()))
-    if not (makes_new(func) and all(v.is_meta for v in values if isinstance(v, torch.Tensor))): return None
-    lengths = [len(o) for o in args if isinstance(o, (list, tuple))]
-    return func, *kw, *lengths, *((v.dtype, v.shape, v.stride()) if isinstance(v, torch.Tensor) else (type(v), v) for v in values)
+    if not makes_new(func): return None
+    key = [func, *kw, *(len(o) for o in args if isinstance(o, (list, tuple)))]
+    for v in flat((*args, *kw.values())):
+        if not isinstance(v, torch.Tensor): key += type(v), v
+        elif v.is_meta: key += v.dtype, v.shape, v.stride()
+        else: return None
+    return tuple(key)
 
 def shell(shape, stride, dtype):
     "A meta tensor with a storage of its own."
@@ -76,8 +79,8 @@ class Recall:
 
     def __call__(self, func, args, kw):
         key = question(func, args, kw)
-        if key in self.known:
-            kind, shapes = self.known[key]
+        if key and (found := self.known.get(key)):
+            kind, shapes = found
             made = [s and shell(*s) for s in shapes]
             return made[0] if kind is torch.Tensor else kind(made)
         out = func(*args, **kw)
