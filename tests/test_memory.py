@@ -1,6 +1,5 @@
 "LoRA, checkpointing, frame subsets and mixed precision: exactness on a tiny random ModelScope."
 import json
-from pathlib import Path
 import pytest, torch
 from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from peft import PeftModel

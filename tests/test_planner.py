@@ -6,7 +6,7 @@ import pytest, torch
 from tiny_models import tiny_pipeline
 from vader_nb import fullsize, planner
 from vader_nb.cli import main
-from vader_nb.core import VaderError, generator, read_json
+from vader_nb.core import generator, read_json
 from vader_nb.fullsize import BASES, REWARDS, Base, remembering, simulate, weightless
 from vader_nb.memory import add_lora
 from vader_nb.meter import Reading, Recall, measure, networks

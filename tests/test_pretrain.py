@@ -11,7 +11,7 @@ from vader_nb.evaluate import QUESTIONS, Judge
 from vader_nb.pretrain import aesthetic, clip, judge, modelscope, vae
 from vader_nb.pretrain.loop import lr_at, options, pretrain, write_card
 from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, clip_normalise
-from vader_nb.world import ANIMALS, SPOILS, captions, draw, parse, rate, scenes
+from vader_nb.world import ANIMALS, SPOILS, draw, parse, rate, scenes
 
 # The loop
 

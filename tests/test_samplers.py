@@ -2,11 +2,10 @@
 import math
 import pytest, torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.utils.torch_utils import randn_tensor
 from vader_nb.core import VaderError, generator, randn
-from vader_nb.diffusion import a_from_sigma, add_noise, eps_from_x0, mixture_x0, prediction_target, sigma_from_a
-from vader_nb.samplers import (DDIM, DDPM, DPMpp, Euler, RFlow, Sampler, Step, ddim_step, ddpm_step, dpmpp_2m_step, euler_step, gradient_factor, log_prob,
-    rflow_step, sampler_from_config, spaced_timesteps)
+from vader_nb.diffusion import a_from_sigma, eps_from_x0, mixture_x0, prediction_target, sigma_from_a
+from vader_nb.samplers import (DDIM, DPMpp, Euler, RFlow, ddim_step, ddpm_step, dpmpp_2m_step, euler_step, gradient_factor, log_prob,
+    sampler_from_config, spaced_timesteps)
 
 close = torch.testing.assert_close
 SD = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')

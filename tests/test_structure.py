@@ -1,5 +1,5 @@
 "The shape of the project: the order of notebooks, light imports, a wheel that works, notebooks fit to be read."
-import ast, json, os, re, shutil, subprocess, sys, time, zipfile
+import ast, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path

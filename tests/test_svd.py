@@ -1,5 +1,4 @@
 "10_svd: the adapter equals diffusers' pipeline; start images, guidance ramp, decoding in chunks; loading at both scales."
-import json
 import numpy as np
 import pytest
 import torch
@@ -7,13 +6,13 @@ from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, Stab
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 from vader_nb.core import VaderError, generator
-from vader_nb.memory import add_lora, lora_parameters
+from vader_nb.memory import add_lora
 from vader_nb.models import svd
-from vader_nb.models.svd import SVD, get_image, guidance_ramp, load_svd, open_svd, start_image
+from vader_nb.models.svd import SVD, guidance_ramp, load_svd, open_svd, start_image
 from vader_nb.reward import reward_from
 from vader_nb.rollout import differentiable_latents, last, rollout, sample
 from vader_nb.train import Config, vader_step
-from vader_nb.world import ANIMALS, start_images
+from vader_nb.world import ANIMALS
 
 SCHEDULE = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, prediction_type='v_prediction', timestep_spacing='leading', timestep_type='continuous',
                 use_karras_sigmas=True, sigma_min=.002, sigma_max=700., steps_offset=1)

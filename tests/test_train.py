@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch
-from safetensors.torch import load_file
 from tiny_models import tiny_pipeline
 from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model
 from vader_nb import train

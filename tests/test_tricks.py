@@ -1,5 +1,4 @@
 "Peak memory, its simulation, and tricks that may not change the gradient: alone and together with mixed precision, LoRA, guidance and several processes."
-import os
 from itertools import combinations
 from unittest.mock import patch
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 from vader_nb.core import VaderError, generator
-from vader_nb.video_model import Condition, VideoModel, check_frames, check_prompts, check_size
+from vader_nb.video_model import VideoModel, check_frames, check_prompts, check_size
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from vader_nb.core import VaderError, generator
 from vader_nb.nets import vjepa as nets
-from vader_nb.nets.vjepa import MASKS, SMALL, VJepa, VJepaConfig, block_mask, block_size, draw_masks, load_vjepa_net, masked_error, position_table, save_vjepa_net, stretch, take
+from vader_nb.nets.vjepa import MASKS, VJepa, VJepaConfig, block_mask, block_size, draw_masks, load_vjepa_net, masked_error, position_table, save_vjepa_net, stretch, take
 from vader_nb.reward import check_reward, reward_gradient
 from vader_nb.rewards.vjepa import DISTURBANCES, VJepa2, VJepaReward, disturbed, imagenet_normalise, load_vjepa, vjepa_view, windows
 from vader_nb.world import draw, scenes

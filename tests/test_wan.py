@@ -1,5 +1,4 @@
 "10a_wan: boxes of pixels equal diffusers' decoder with and without checkpointing; samples and LoRA equal `WanPipeline`'s; training, loading."
-import json
 from functools import partial
 
 import pytest

@@ -3,7 +3,6 @@ import pytest
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from vader_nb import zoo
 from vader_nb.core import VaderError, read_json
 from vader_nb.zoo import CHECKPOINTS, Checkpoint, card, model_path, parameters
 
