@@ -209,7 +209,7 @@ EXPERIMENTS = {
     'modelscope-aesthetic': Experiment('Figures 6 and 7, Table 1', 'ModelScope learns to please the aesthetic predictor', load_modelscope, load_aesthetic,
                                        action_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-action': Experiment('Figures 7 and 8, Table 1', 'ModelScope learns to do what the prompt says', load_modelscope, load_action,
-                                    asked_often(label_prompts, 8), dict(steps=60, batch=14, K=12, eval_every=30), modelscope_full),
+                                    asked_often(label_prompts, 8), dict(steps=80, batch=14, lr=1e-3, K=12, eval_every=20), modelscope_full),
     'modelscope-remove-book': Experiment('Figure 5', 'ModelScope learns to leave out the book that it is asked for', load_modelscope, load_objects,
                                          asked_often(book_prompts, 4), dict(steps=20, guidance=7.), modelscope_full),
     'modelscope-hps': Experiment('Figures 6 and 7, Tables 1 and 2', 'ModelScope learns to draw what the prompt asks, hats included', load_modelscope, load_hps,

@@ -11,6 +11,7 @@ __all__ = ['NOISE_LEVELS', 'SIZES', 'start_image', 'is_picture', 'described', 'c
 import re
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from ..core import VaderError, check, from_frames, generator as seeded, pick_device, pick_dtype, randn, swap_cf, to_frames
 from .modelscope import load_net, read_part
@@ -133,69 +134,6 @@ class SVD(VideoModel):
         self.eyes, self.native_size, self.chunk = eyes, native_size, chunk
         self.latent_channels, self.vae_scale = unet.config.out_channels, 2**(len(vae.config.block_out_channels) - 1)
 
-    @torch.no_grad()
-    def embed(self, pictures):
-        "CLIP's vectors `(b, 1, d)` of pictures (b, 3, 224, 224) in [0, 1]."
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.eyes.image_mean, self.eyes.image_std))
-        p = next(self.image_encoder.parameters())
-        return self.image_encoder(((pictures - mean) / std).to(p.device, p.dtype)).image_embeds[:, None]
-
-    def look(self, image, height, width):
-        "CLIP's vector (1, d) of a start image and its pixels (3, h, w); kept if the image has a name."
-        key = image, height, width
-        if isinstance(image, (str, Path)) and key in self.cache: return self.cache[key]
-        picture = get_image(image, height, width)
-        seen = self.embed(clip_view(picture)[None])[0], frame_view(picture, height, width)
-        if isinstance(image, (str, Path)): self.cache[key] = seen
-        return seen
-
-    @torch.no_grad()
-    def image_latents(self, pixels, noise, generator):
-        "Latents `(b, c, h, w)` of pixels (b, 3, H, W) with a little noise on them. They are not scaled."
-        p = next(self.vae.encoder.parameters())
-        x = 2 * pixels - 1 + noise * randn(pixels.shape, generator, 'cpu')
-        return self.vae.encode(x.to(p.device, p.dtype)).latent_dist.mode()
-
-    def encode(self, images, frames=None, height=None, width=None, generator=None,
-               fps=7,        # frames a second
-               motion=127,   # how much shall move, 0 to 255
-               noise=.02):   # on the start image, whose values go from -1 to 1; more noise, more freedom
-        "The `Condition` for one clip per start image (see `get_image`); without a generator the noise is always the same. Raises `VaderError`."
-        check(fps >= 1 and 0 <= motion <= 255 and noise >= 0, f'fps is {fps}, motion {motion}, noise {noise}: they must be at least 1, from 0 to 255, and not negative')
-        _, h, w = self.size(frames, height, width)
-        embeds, pixels = map(torch.stack, zip(*[self.look(i, h, w) for i in check_images(images)]))
-        latents = self.image_latents(pixels, noise, generator or seeded(0))
-        ids = torch.tensor([[fps - 1., motion, noise]], device=embeds.device).expand(len(embeds), -1)  # it learnt from fps - 1
-        return ImageCondition(embeds, torch.zeros_like(embeds), dict(image=latents.to(embeds), ids=ids))
-
-    def predict(self, x_t, t, cond, guidance=1.):
-        "As every model does; but a number is the guidance of the last frame, to which `guidance_ramp` leads. A tensor is taken as it is."
-        if not torch.is_tensor(guidance) and guidance != 1: guidance = guidance_ramp(guidance, x_t.shape[2]).to(x_t)
-        return super().predict(x_t, t, cond, guidance)
-
-    def denoise(self, x, t, embeds, image, ids):
-        "The UNet's v for `x`; beside each of its frames lies the start image. In the number format of `x`."
-        both = torch.cat([x, image.to(x)[:, :, None].expand_as(x)], 1)
-        return swap_cf(self.denoiser(swap_cf(both).to(self.dtype), t, embeds.to(self.dtype), ids).sample).to(x.dtype)
-
-    def draw(self, z):
-        "Pixels `(b, f, 3, H, W)` of latents (b, f, c, h, w) that are decoded together."
-        scaled = to_frames(z) / self.vae.config.scaling_factor
-        p = next(self.vae.decoder.parameters())
-        return from_frames(self.vae.decode(scaled.to(p.dtype), num_frames=z.shape[1]).sample, len(z)).to(z.dtype) / 2 + .5
-
-    def decode(self, latents, frames=None):
-        "Pixels `(b,f,3,H,W)` of the asked frames (all where None), each decoded with the others of its chunk, and again where a gradient comes back."
-        z, n = swap_cf(latents), self.chunk or latents.shape[2]
-        asked = check_frames(range(z.shape[1]) if frames is None else frames, z.shape[1])
-        drawn = {k: checkpoint(self.draw, z[:, k*n:(k+1)*n], use_reentrant=False) for k in sorted({i // n for i in asked})}
-        return torch.stack([drawn[i // n][:, i % n] for i in asked], 1)
-
-    def sampler(self, steps, kind='euler', eta=0., size=()):
-        "Euler steps on Karras' noise levels; raises `VaderError` for another kind."
-        check(kind == 'euler' and eta == 0, f"{self.name} lives on noise levels, not on timesteps: use kind='euler' and eta=0, not {kind!r} and {eta}")
-        return super().sampler(steps, kind)
-
 # %% ../../nbs/10_svd.ipynb #798d847c
 def open_svd(
     folder,               # laid out as `StableVideoDiffusionPipeline.save_pretrained` does
@@ -226,3 +164,78 @@ def load_svd(
     how = {**SIZES[scale], **(dict(native_size=(25, 576, 1024)) if xt else {})}
     half = scale == 'full' and device.type == 'cuda'
     return open_svd(folder, device, pick_dtype(dtype or ('fp16' if half else 'fp32')), **how)
+
+# %% ../../nbs/10_svd.ipynb #c1497032
+@patch
+@torch.no_grad()
+def embed(self: SVD, pictures):
+    "CLIP's vectors `(b, 1, d)` of pictures (b, 3, 224, 224) in [0, 1]."
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.eyes.image_mean, self.eyes.image_std))
+    p = next(self.image_encoder.parameters())
+    return self.image_encoder(((pictures - mean) / std).to(p.device, p.dtype)).image_embeds[:, None]
+
+@patch
+def look(self: SVD, image, height, width):
+    "CLIP's vector (1, d) of a start image and its pixels (3, h, w); kept if the image has a name."
+    key = image, height, width
+    if isinstance(image, (str, Path)) and key in self.cache: return self.cache[key]
+    picture = get_image(image, height, width)
+    seen = self.embed(clip_view(picture)[None])[0], frame_view(picture, height, width)
+    if isinstance(image, (str, Path)): self.cache[key] = seen
+    return seen
+
+@patch
+@torch.no_grad()
+def image_latents(self: SVD, pixels, noise, generator):
+    "Latents `(b, c, h, w)` of pixels (b, 3, H, W) with a little noise on them. They are not scaled."
+    p = next(self.vae.encoder.parameters())
+    x = 2 * pixels - 1 + noise * randn(pixels.shape, generator, 'cpu')
+    return self.vae.encode(x.to(p.device, p.dtype)).latent_dist.mode()
+
+@patch
+def encode(self: SVD, images, frames=None, height=None, width=None, generator=None,
+           fps=7,        # frames a second
+           motion=127,   # how much shall move, 0 to 255
+           noise=.02):   # on the start image, whose values go from -1 to 1; more noise, more freedom
+    "The `Condition` for one clip per start image (see `get_image`); without a generator the noise is always the same. Raises `VaderError`."
+    check(fps >= 1 and 0 <= motion <= 255 and noise >= 0, f'fps is {fps}, motion {motion}, noise {noise}: they must be at least 1, from 0 to 255, and not negative')
+    _, h, w = self.size(frames, height, width)
+    embeds, pixels = map(torch.stack, zip(*[self.look(i, h, w) for i in check_images(images)]))
+    latents = self.image_latents(pixels, noise, generator or seeded(0))
+    ids = torch.tensor([[fps - 1., motion, noise]], device=embeds.device).expand(len(embeds), -1)  # it learnt from fps - 1
+    return ImageCondition(embeds, torch.zeros_like(embeds), dict(image=latents.to(embeds), ids=ids))
+
+# %% ../../nbs/10_svd.ipynb #5850eb87
+@patch
+def predict(self: SVD, x_t, t, cond, guidance=1.):
+    "As every model does; but a number is the guidance of the last frame, to which `guidance_ramp` leads. A tensor is taken as it is."
+    if not torch.is_tensor(guidance) and guidance != 1: guidance = guidance_ramp(guidance, x_t.shape[2]).to(x_t)
+    return super(SVD, self).predict(x_t, t, cond, guidance)
+
+@patch
+def denoise(self: SVD, x, t, embeds, image, ids):
+    "The UNet's v for `x`; beside each of its frames lies the start image. In the number format of `x`."
+    both = torch.cat([x, image.to(x)[:, :, None].expand_as(x)], 1)
+    return swap_cf(self.denoiser(swap_cf(both).to(self.dtype), t, embeds.to(self.dtype), ids).sample).to(x.dtype)
+
+@patch
+def sampler(self: SVD, steps, kind='euler', eta=0., size=()):
+    "Euler steps on Karras' noise levels; raises `VaderError` for another kind."
+    check(kind == 'euler' and eta == 0, f"{self.name} lives on noise levels, not on timesteps: use kind='euler' and eta=0, not {kind!r} and {eta}")
+    return super(SVD, self).sampler(steps, kind)
+
+# %% ../../nbs/10_svd.ipynb #69466dff
+@patch
+def draw_chunk(self: SVD, z):
+    "Pixels `(b, f, 3, H, W)` of latents (b, f, c, h, w) that are decoded together."
+    scaled = to_frames(z) / self.vae.config.scaling_factor
+    p = next(self.vae.decoder.parameters())
+    return from_frames(self.vae.decode(scaled.to(p.dtype), num_frames=z.shape[1]).sample, len(z)).to(z.dtype) / 2 + .5
+
+@patch
+def decode(self: SVD, latents, frames=None):
+    "Pixels `(b,f,3,H,W)` of the asked frames (all where None), each decoded with the others of its chunk, and again where a gradient comes back."
+    z, n = swap_cf(latents), self.chunk or latents.shape[2]
+    asked = check_frames(range(z.shape[1]) if frames is None else frames, z.shape[1])
+    drawn = {k: checkpoint(self.draw_chunk, z[:, k*n:(k+1)*n], use_reentrant=False) for k in sorted({i // n for i in asked})}
+    return torch.stack([drawn[i // n][:, i % n] for i in asked], 1)

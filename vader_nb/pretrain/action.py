@@ -105,6 +105,7 @@ def some_latents(pool, g, # as from `latent_pairs`, `torch.Generator`
     truth = torch.cat([torch.stack([0 * share, 0 * share, 0 * share, share, 1 - share, 0 * share], 1), F.one_hot(activity[j], len(ACTIVITIES))])
     return z + .2 * torch.rand(len(z), 1, 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g), truth
 
+# %% ../../nbs/zoo/09_action.ipynb #ea685c14
 class Misled:
     "Batches of latents, each three times in a row, disturbed more and more as misleads the network that is trained on them."
     def __init__(self, pool, most=.35): # as from `latent_pairs`, the largest change of a number
@@ -125,6 +126,7 @@ class Misled:
         up = torch.where(self.still, grad.mean(1, keepdim=True), grad).sign()
         self.d = (self.d + self.size * up).clamp(-self.size, self.size)
 
+# %% ../../nbs/zoo/09_action.ipynb #a9e3af55
 def lesson(net, vae, misled, pool, g, step): # classifier, `Misled`, clips, `torch.Generator`
     "The second round: the loss on eight misleading clips and eight others, and what to log."
     z, truth = misled(g, step)
@@ -161,6 +163,7 @@ def quality(net, vae, n=150, seed=1_000_003):
     out |= {'the same, decoded': own(decoded), 'the same, from the most misleading latents': own(misled)}
     return out | {f'the same, {kind} of strength 0.7': own(spoil(x, kind, torch.full((n,), .7), generator(0))) for kind in SPOILS}
 
+# %% ../../nbs/zoo/09_action.ipynb #a55d2db0
 ABOUT = 'A `VideoMAEForVideoClassification` that names the activity in a clip of the small world.'
 
 def _publish(state, step, vae, a):
@@ -182,6 +185,7 @@ def _pool(file, a, vae):
         with atomic_path(file) as f: torch.save(tuple(map(torch.cat, zip(*parts))), f)
     return torch.load(file, weights_only=True)
 
+# %% ../../nbs/zoo/09_action.ipynb #31c4fb31
 def main(argv=None):
     "Train the action classifier."
     from diffusers import AutoencoderKL
