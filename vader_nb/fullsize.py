@@ -30,7 +30,7 @@ from .rewards.hps import HPS
 from .rewards.vjepa import VJepaReward
 from .rollout import differentiable_latents
 from .tricks import use_tricks
-from .video_model import Condition, VideoModel
+from .video_model import Condition
 
 # %% ../nbs/25a_fullsize.ipynb #154e93cc
 PROMPT = 'a prompt that has been read before'

@@ -7,7 +7,7 @@ __all__ = ['HUE', 'ABOUT', 'make_vae', 'quick_start', 'frames', 'error', 'vae_lo
            'main']
 
 # %% ../../nbs/zoo/01_vae.ipynb #624486ff
-import torch, torch.nn.functional as F
+import torch
 from pathlib import Path
 from ..core import atomic_path, generator, read_json
 from ..world import SPOILS, draw, scenes, spoil
