@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import check, from_frames, pick_device, pick_dtype, to_frames
-from ..models.modelscope import load_net, read_part
+from ..models.modelscope import load_net
 from ..reward import Reward, freeze
 from .aesthetic import center_crop
 from .objects import imagenet_normalise
