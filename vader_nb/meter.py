@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .core import check
-
 # %% ../nbs/13a_meter.ipynb #f8496601
 class Ledger:
     "Bytes alive on one kind of device, by the part of the step that made them, and the most there ever were."
@@ -69,6 +67,7 @@ def question(func, args, kw):
         else: return None
     return tuple(key)
 
+# %% ../nbs/13a_meter.ipynb #1d3ad593
 def shell(shape, stride, dtype):
     "A meta tensor with a storage of its own."
     return torch.empty_strided(shape, stride, dtype=dtype, device='meta')
