@@ -142,5 +142,6 @@ def test_what_is_remembered_is_new_and_of_meta():
     assert len(recall.known) == 1
     assert recall(ops.add.Tensor, (torch.ones(2), torch.ones(2)), {}).tolist() == [2, 2] and len(recall.known) == 1  # numbers are computed
     assert recall(ops.mul.Tensor, (x, 2), {}).dtype == torch.float32 and recall(ops.mul.Tensor, (torch.empty(3, dtype=torch.int64, device='meta'), 2.), {}).dtype == torch.float32
+    for _ in range(2): assert recall(ops._assert_tensor_metadata.default, (x,), {}) is None
     a, b = recall(ops.split.Tensor, (x, 3), {}), recall(ops.cat.default, ([x, x], 1), {})
     assert len(a) == 2 and b.shape == recall(ops.cat.default, ([x, x], 1), {}).shape == (6, 8)

@@ -87,13 +87,13 @@ class Recall:
         return out
 
     def learn(self, key, out, old): # question, answer, storages of the inputs
-        "Remember an answer, if it is made of new meta tensors and nothing else."
+        "Remember an answer, if it is made of new meta tensors and nothing else: some views do not say in their schema that they are."
         shape = lambda t: (t.shape, t.stride(), t.dtype)
         def new(t):
             if not (isinstance(t, torch.Tensor) and t.is_meta): return t is None
             s = t.untyped_storage()
             return s._cdata not in old and s.nbytes() == shell(*shape(t)).untyped_storage().nbytes()
-        if all(map(new, flat([out]))): self.known[key] = type(out), [t if t is None else shape(t) for t in flat([out])]
+        if out is not None and all(map(new, flat([out]))): self.known[key] = type(out), [t if t is None else shape(t) for t in flat([out])]
 
 # %% ../nbs/13a_meter.ipynb #dbca1610
 class Meter(TorchDispatchMode, Ledger):

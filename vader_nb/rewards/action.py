@@ -59,7 +59,7 @@ def find_class(prompt, # one prompt
                ):
     "The class that the prompt names; raises `VaderError` with near matches if that is not exactly one."
     named = [n for n in names if f' {plain(n)} ' in f' {plain(prompt)} ']
-    named = [n for n in named if not any(plain(n) != plain(m) and plain(n) in plain(m) for m in named)]
+    named = [n for n in named if not any(plain(n) != plain(m) and f" {plain(n)} " in f" {plain(m)} " for m in named)]
     check(named, f'{prompt!r} names no action that the classifier knows: say it as in {", ".join(map(repr, near_classes(prompt, names)))}')
     check(len(named) == 1, f'{prompt!r} names {len(named)} actions, {" and ".join(named)}: ask for one')
     return named[0]
