@@ -239,7 +239,7 @@ def main(argv=None):
     "Train the object detector."
     from diffusers import AutoencoderKL
     from transformers import CLIPVisionModelWithProjection
-    a = options(argv, main.__doc__, steps=600, out='runs/zoo/objects', to='vader_nb/checkpoints/yolos', frames=1_600,
+    a = options(argv, main.__doc__, steps=1_400, out='runs/zoo/objects', to='vader_nb/checkpoints/yolos', frames=1_600,
                 vae='vader_nb/checkpoints/modelscope/vae', clip='vader_nb/checkpoints/clip')
     vae = AutoencoderKL.from_pretrained(a.vae).float().eval().requires_grad_(False)
     torch.manual_seed(8); pupil, pool = Pupil(make_yolos(load_net(CLIPVisionModelWithProjection, a.clip))), _pool(Path(a.out) / 'data.pt', a, vae)
