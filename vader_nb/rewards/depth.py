@@ -8,6 +8,7 @@ __all__ = ['world_depth', 'depth_view', 'correlation', 'near', 'Depth', 'load_de
 # %% ../../nbs/19d_depth.ipynb #9686cf01
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..core import check, pick_device, pick_dtype
 from ..models.modelscope import load_net
@@ -44,6 +45,7 @@ def correlation(a, b # (n, h, w)
     a, b = [x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (a, b)]
     return F.cosine_similarity(a, b, dim=1)
 
+# %% ../../nbs/19d_depth.ipynb #2c1bac79
 def near(x=.5, y=.55, # where, in frame widths and heights
          radius=.25,  # in frame heights
          size=64):
@@ -51,6 +53,7 @@ def near(x=.5, y=.55, # where, in frame widths and heights
     at = (torch.arange(size) + .5) / size
     return torch.exp(-((at[None] - x) ** 2 + (at[:, None] - y) ** 2) / (2 * (radius / 1.5) ** 2))
 
+# %% ../../nbs/19d_depth.ipynb #a3403027
 class Depth(Reward):
     "How well the depths of the frames agree with a wish: correlation, mean over frames."
     name = 'depth'
@@ -71,12 +74,15 @@ class Depth(Reward):
         x = depth_view(frames, self.size, self.net.config.backbone_config.patch_size)
         return self.net(pixel_values=x.to(self.net.dtype)).predicted_depth.float()
 
-    def score(self, video, prompts, generator): return frame_mean(self._agreement, video)
+# %% ../../nbs/19d_depth.ipynb #6ce2ad80
+@patch
+def score(self: Depth, video, prompts, generator): return frame_mean(self._agreement, video)
 
-    def _agreement(self, frames):
-        d = self.depth(frames)
-        wish = F.interpolate(self.wish[None, None], d.shape[1:], mode='bilinear', antialias=True, align_corners=False)[0]
-        return correlation(d, wish.expand_as(d))
+@patch
+def _agreement(self: Depth, frames):
+    d = self.depth(frames)
+    wish = F.interpolate(self.wish[None, None], d.shape[1:], mode='bilinear', antialias=True, align_corners=False)[0]
+    return correlation(d, wish.expand_as(d))
 
 # %% ../../nbs/19d_depth.ipynb #ea842f47
 def load_depth(scale='small', # 'small': shipped with this package; 'full': depth-anything/Depth-Anything-V2-Small-hf
