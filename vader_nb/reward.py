@@ -16,7 +16,7 @@ from .core import check, generator, randn, to_frames
 # %% ../nbs/13_reward.ipynb #f8f05e17
 def check_video(video,              # pixels (b, f, 3, h, w) in [0, 1], any float dtype
                 prompts=None,       # list of b prompts, or None
-                min_frames=1,       # the shortest clip that the reward can judge
+                min_frames=1,       # the shortest clip that the reward can score
                 needs_prompts=False # does the reward compare the video with its prompt?
                 ):
     "Raise a one-line `VaderError` if a reward cannot make sense of `video` and `prompts`."
@@ -43,10 +43,10 @@ def _check_pixels(video):
 
 # %% ../nbs/13_reward.ipynb #de84832b
 class Reward(nn.Module):
-    "A differentiable judge of videos: higher is better, one number per video."
+    "A differentiable score of videos: higher is better, one number per video."
     name = 'reward'       # the name in logs
     wants = 'frame'       # 'frame': a mean over single frames; 'clip': needs the whole clip
-    min_frames = 1        # the shortest clip that it can judge
+    min_frames = 1        # the shortest clip that it can score
     needs_prompts = False # does it compare the video with the prompt?
 
     def score(self, video, prompts, generator):

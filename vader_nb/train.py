@@ -24,7 +24,7 @@ from .tricks import adam, check_tricks, use_tricks
 # %% ../nbs/20_train.ipynb #dd8774d4
 @dataclass
 class Config:
-    "Everything that decides a run."
+    "The settings of a run; with the model, the reward and the prompts they decide it."
     experiment: str = 'custom'  # its name in `vader list`
     scale: str = 'small'        # 'small' or 'full'
     seed: int = 0

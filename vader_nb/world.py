@@ -377,7 +377,7 @@ SPOILS = ['noise', 'blur', 'blotches', 'pixels', 'waves']
 
 def spoil(video,     # (n, f, 3, h, w)
           kind,      # one of `SPOILS`
-          strength,  # (n,) in [0, 1]: 0.3 is mild, 1 leaves little of the subject
+          strength,  # (n,) in [0, 1]: from untouched to strongest
           g          # `torch.Generator`
          ):          # same shape, in [0, 1]
     "Spoil a batch of clips. Raises `VaderError` for an unknown kind."
