@@ -55,6 +55,7 @@ def open_image(path):
     try: return Image.open(path).convert('RGB')
     except Exception as e: raise VaderError(f'{path} is no image that can be read ({type(e).__name__}): use a PNG or a JPEG file') from e
 
+# %% ../../nbs/10_svd.ipynb #7d5ebd11
 def named_image(name, height, width):
     "The picture that a text stands for: the path of a file, or a caption; raises `VaderError`."
     is_path = isinstance(name, Path) or Path(name).suffix or '/' in name
@@ -184,6 +185,7 @@ def look(self: SVD, image, height, width):
     if isinstance(image, (str, Path)): self.cache[key] = seen
     return seen
 
+# %% ../../nbs/10_svd.ipynb #ab0d1c64
 @patch
 @torch.no_grad()
 def image_latents(self: SVD, pixels, noise, generator):
@@ -192,6 +194,7 @@ def image_latents(self: SVD, pixels, noise, generator):
     x = 2 * pixels - 1 + noise * randn(pixels.shape, generator, 'cpu')
     return self.vae.encode(x.to(p.device, p.dtype)).latent_dist.mode()
 
+# %% ../../nbs/10_svd.ipynb #d8ba4fc7
 @patch
 def encode(self: SVD, images, frames=None, height=None, width=None, generator=None,
            fps=7,        # frames a second

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from ..core import check, pick_device, pick_dtype, randn, read_json
 from .modelscope import check_words, load_net, read_part
@@ -40,18 +41,22 @@ class Stage:
     time: int = 1   # by how much it stretches time, 1 or 2
     space: int = 1  # by how much it enlarges pictures
 
-    def needs(self, box, sides):
-        "What of its input, pictures of these `sides`, the `box` of its output hangs on: the first and the last frame, row and column."
-        (a, e), *spans = box
-        if self.time == 2: a, e = -(-a // 2), -(-e // 2)
-        a = max(a - self.back, min(a, self.time - 1))
-        return [(a, e), *[(max(lo - self.reach, 0) // self.space, min(hi + self.reach, self.space * n - 1) // self.space) for (lo, hi), n in zip(spans, sides)]]
+# %% ../../nbs/10a_wan.ipynb #60402915
+@patch
+def needs(self: Stage, box, sides):
+    "What of its input, pictures of these `sides`, the `box` of its output hangs on: the first and the last frame, row and column."
+    (a, e), *spans = box
+    if self.time == 2: a, e = -(-a // 2), -(-e // 2)
+    a = max(a - self.back, min(a, self.time - 1))
+    return [(a, e), *[(max(lo - self.reach, 0) // self.space, min(hi + self.reach, self.space * n - 1) // self.space) for (lo, hi), n in zip(spans, sides)]]
 
-    def __call__(self, x, box):
-        "Its output for the `box` of its input that `x` is, and where that begins."
-        (a, _), *spans = box
-        x = self.run(int(a == 0), x) if self.time == 2 else self.run(x)
-        return x, [max(self.time * (a - 1) + 1, 0), *[self.space * lo for lo, _ in spans]]
+# %% ../../nbs/10a_wan.ipynb #104a1eed
+@patch
+def __call__(self: Stage, x, box):
+    "Its output for the `box` of its input that `x` is, and where that begins."
+    (a, _), *spans = box
+    x = self.run(int(a == 0), x) if self.time == 2 else self.run(x)
+    return x, [max(self.time * (a - 1) + 1, 0), *[self.space * lo for lo, _ in spans]]
 
 # %% ../../nbs/10a_wan.ipynb #9350a18a
 def stages(
@@ -72,6 +77,7 @@ def middle(
     "The decoder up to its middle, on whole latents."
     return decoder.mid_block(decoder.conv_in(z))
 
+# %% ../../nbs/10a_wan.ipynb #ad1a761a
 def way_back(
     parts,  # stages
     box,    # of the last one's output: (first, last) frame, row, column
@@ -118,6 +124,7 @@ def runs(
         group = [f for _, f in group]
         yield from ((group[a], group[e]) for a, e in spans(len(group), most))
 
+# %% ../../nbs/10a_wan.ipynb #78d3408a
 def draw_boxes(
     decoder,
     z,         # latents (b, c, f, h, w)
@@ -195,34 +202,43 @@ class Wan(VideoModel):
         "Of the large layers: some small ones stay in float32."
         return next(p.dtype for n, p in self.denoiser.named_parameters() if n.endswith('patch_embedding.weight'))
 
-    def size(self, *size):
-        "The asked frames, height and width, with this model's own in the place of None; raises `VaderError`."
-        size = [own if asked is None else asked for asked, own in zip((*size, None, None, None), self.native_size)]
-        check_size(*size, self.vae_scale * self.patch)
-        n, low = self.squeeze, (size[0] - 1) // self.squeeze * self.squeeze + 1
-        check(size[0] == low, f'{self.name} makes clips of {n}k + 1 frames, not {size[0]}: use {low} or {low + n}')
-        return size
+# %% ../../nbs/10a_wan.ipynb #6d5236bc
+@patch
+def size(self: Wan, *size):
+    "The asked frames, height and width, with this model's own in the place of None; raises `VaderError`."
+    size = [own if asked is None else asked for asked, own in zip((*size, None, None, None), self.native_size)]
+    check_size(*size, self.vae_scale * self.patch)
+    n, low = self.squeeze, (size[0] - 1) // self.squeeze * self.squeeze + 1
+    check(size[0] == low, f'{self.name} makes clips of {n}k + 1 frames, not {size[0]}: use {low} or {low + n}')
+    return size
 
-    def embed(self, prompts): return read_captions(self, prompts)
+@patch
+def noise(self: Wan, n, frames=None, height=None, width=None, generator=None):
+    "Latents `(n,c,f,h,w)` of unit noise; the same generator state draws the same noise on every device."
+    f, h, w = self.size(frames, height, width)
+    return randn((n, self.latent_channels, f // self.squeeze + 1, h // self.vae_scale, w // self.vae_scale), generator, self.device)
 
-    def noise(self, n, frames=None, height=None, width=None, generator=None):
-        "Latents `(n,c,f,h,w)` of unit noise; the same generator state draws the same noise on every device."
-        f, h, w = self.size(frames, height, width)
-        return randn((n, self.latent_channels, f // self.squeeze + 1, h // self.vae_scale, w // self.vae_scale), generator, self.device)
+# %% ../../nbs/10a_wan.ipynb #b40a5641
+@patch
+def embed(self: Wan, prompts): return read_captions(self, prompts)
 
-    def denoise(self, x, t, embeds):
-        "The flow from data to noise, in the number format of `x`."
-        return self.denoiser(x.to(self.dtype), t, embeds.to(self.dtype)).sample.to(x.dtype)
+@patch
+def denoise(self: Wan, x, t, embeds):
+    "The flow from data to noise, in the number format of `x`."
+    return self.denoiser(x.to(self.dtype), t, embeds.to(self.dtype)).sample.to(x.dtype)
 
-    def decode(self, latents, frames=None):
-        "Pixels `(b,f,3,H,W)` of the asked frames (all where None), around [0, 1] and not clamped."
-        n = self.squeeze * (latents.shape[2] - 1) + 1
-        return draw(self.vae, latents, range(n) if frames is None else check_frames(frames, n))
+# %% ../../nbs/10a_wan.ipynb #92631ec7
+@patch
+def decode(self: Wan, latents, frames=None):
+    "Pixels `(b,f,3,H,W)` of the asked frames (all where None), around [0, 1] and not clamped."
+    n = self.squeeze * (latents.shape[2] - 1) + 1
+    return draw(self.vae, latents, range(n) if frames is None else check_frames(frames, n))
 
-    def sampler(self, steps, kind='rflow', eta=0., size=()):
-        "Euler's method along the flow, its places shifted as the scheduler says; raises `VaderError` for another kind."
-        check(kind == 'rflow' and eta == 0, f"{self.name} is a rectified flow, without noise on the way: use kind='rflow' and eta=0, not {kind!r} and {eta}")
-        return super().sampler(steps, kind)
+@patch
+def sampler(self: Wan, steps, kind='rflow', eta=0., size=()):
+    "Euler's method along the flow, its places shifted as the scheduler says; raises `VaderError` for another kind."
+    check(kind == 'rflow' and eta == 0, f"{self.name} is a rectified flow, without noise on the way: use kind='rflow' and eta=0, not {kind!r} and {eta}")
+    return super(Wan, self).sampler(steps, kind)
 
 # %% ../../nbs/10a_wan.ipynb #70eed0d9
 def export_lora(
@@ -255,6 +271,7 @@ def open_wan(
     scheduler = FlowMatchEulerDiscreteScheduler(shift=c.get('flow_shift', c.get('shift', 1.)))
     return Wan(denoiser.to(device), vae.to(device), encoder, tokenizer, scheduler, native_size, words)
 
+# %% ../../nbs/10a_wan.ipynb #682d8449
 def load_wan(
     scale='full',     # the only one: Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     device=None,      # as in `pick_device`
