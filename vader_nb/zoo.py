@@ -23,6 +23,7 @@ class Checkpoint:
     size: str = ''        # how much that is
     licence: str = ''     # of the full weights
 
+# %% ../nbs/05_zoo.ipynb #c3fdfd2c
 CHECKPOINTS = dict(
     modelscope=Checkpoint('text-to-video diffusion model (a `TextToVideoSDPipeline` folder)', 'modelscope',
         'ali-vilab/text-to-video-ms-1.7b', ('*.json', 'tokenizer/*', '*.fp16.safetensors'), '3.8 GB', 'CC BY-NC 4.0'),

@@ -30,6 +30,7 @@ def decoded(g, n, # `torch.Generator`, how many
     clean, y = ((vae.decode(o).sample / 2 + .5).clamp(0, 1) for o in (z, z + 2 * k * noise))
     return y, label(rate(clean), rate(y), k.flatten())
 
+# %% ../../nbs/zoo/05_aesthetic.ipynb #cbde98ea
 @torch.no_grad()
 def dataset(reward, vae, # an `Aesthetic` (only its eyes are used), the small `AutoencoderKL`
             n,           # how many, rounded down to whole batches of 128
@@ -41,7 +42,7 @@ def dataset(reward, vae, # an `Aesthetic` (only its eyes are used), the small `A
         E.append(reward.embed(torch.cat([x, y]))); R.append(torch.cat([r, q]))
     return torch.cat(E), torch.cat(R)
 
-# %% ../../nbs/zoo/05_aesthetic.ipynb #cbde98ea
+# %% ../../nbs/zoo/05_aesthetic.ipynb #8de2d31a
 WIDTHS = (64, 64, 32, 16, 8)   # inputs of the head's five layers
 
 @torch.no_grad()
@@ -50,6 +51,7 @@ def quality(head, E, R): # an `AestheticHead`, embeddings (n, d), ratings (n,)
     p = head(E)
     return {'RMSE': round((p - R).pow(2).mean().sqrt().item(), 2), 'correlation': round(torch.corrcoef(torch.stack([p, R]))[0, 1].item(), 3)}
 
+# %% ../../nbs/zoo/05_aesthetic.ipynb #516801ea
 ABOUT = "Rates a frame from 1 to 10 from the small CLIP's image embedding, as LAION's head does from CLIP ViT-L/14's."
 
 def _pictures(file, a):
@@ -62,6 +64,7 @@ def _pictures(file, a):
         with atomic_path(file) as f: torch.save((*dataset(reward, vae, a.pictures, 3), *dataset(reward, vae, 2048, 1_000_003)), f)
     return torch.load(file, weights_only=True)
 
+# %% ../../nbs/zoo/05_aesthetic.ipynb #7dbdb983
 def _publish(head, facts, quality, to):
     "Write the head as a checkpoint with its card."
     from safetensors.torch import save_file
@@ -70,6 +73,7 @@ def _publish(head, facts, quality, to):
         save_file({k: v.half().contiguous() for k, v in head.state_dict().items()}, d / 'model.safetensors')
         write_card(d, 'Small aesthetic head', ABOUT, facts, quality)
 
+# %% ../../nbs/zoo/05_aesthetic.ipynb #57e36096
 def main(argv=None):
     "Train the aesthetic head."
     a = options(argv, main.__doc__, steps=4000, out='runs/zoo/aesthetic', to='vader_nb/checkpoints/aesthetic', pictures=24_000,

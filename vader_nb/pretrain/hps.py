@@ -31,6 +31,7 @@ def _half(w, theirs, ours): # state dict of a `CLIPModel`, prefixes there and he
         out[f'{b}attn.in_proj_{k}'] = torch.cat([w[f'{a}self_attn.{p}_proj.{k}'] for p in 'qkv'])
     return out
 
+# %% ../../nbs/zoo/06_hps.ipynb #d3dff414
 def to_open_clip(w): # state dict of a transformers `CLIPModel`
     "The same weights under the names and in the layout of open_clip's `CLIP`."
     t, v = 'text_model.', 'vision_model.'
@@ -64,12 +65,14 @@ def through_vae(x, k, # frames (n, 3, h, w), strength of the disturbance (n,)
     noise = torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < .5, fine, 1.5 * smooth)
     return (vae.decode(z + 2 * k.view(-1, 1, 1, 1) * noise).sample / 2 + .5).clamp(0, 1)
 
+# %% ../../nbs/zoo/06_hps.ipynb #a08803b0
 def strengths(kind, g): # (n,) index into `KINDS`, `torch.Generator`
     "How strongly the better and the worse picture are spoiled: (n,) and (n,), in [0, 1]."
     u = lambda: torch.rand(len(kind), generator=g)
     k = .3 * u() * (u() < .5)
     return k, torch.where(kind == list(KINDS).index('clean'), (k + .15 + .6 * u()).clamp(max=1), k)
 
+# %% ../../nbs/zoo/06_hps.ipynb #247ebb18
 def preferences(g, n, # `torch.Generator`, how many
                 vae): # the small `AutoencoderKL`
     "Better and worse pictures (n, 3, 64, 64), the prompts, and the kind of each pair (n,). The first third went through the VAE."
@@ -95,6 +98,7 @@ def pair_scores(images, texts, # of unit length, (2n, d): first all better, then
     "Scores (n, 2) of both pictures of each pair."
     return logit_scale.exp() * (images.unflatten(0, (2, -1)) * texts).sum(2).T
 
+# %% ../../nbs/zoo/06_hps.ipynb #840e8bb1
 def hps_scores(clip, ids, better, worse): # open_clip `CLIP`, token numbers (n, tokens), two pictures each
     "Scores (n, 2)."
     images = clip.encode_image(clip_normalise(torch.cat([better, worse])), normalize=True)
@@ -107,7 +111,7 @@ def hps_loss(clip, tok, vae, g, # networks, tokenizer, `torch.Generator`
     s = hps_scores(clip, token_ids(tok, prompts), better, worse)
     return preference_loss(s, torch.tensor([[1., 0.]]).expand(n, 2)), dict(accuracy=(s[:, 0] > s[:, 1]).float().mean())
 
-# %% ../../nbs/zoo/06_hps.ipynb #046c07f9
+# %% ../../nbs/zoo/06_hps.ipynb #7337ce66
 @torch.no_grad()
 def quality(score, vae, n=960, seed=1_000_003): # function (prompts, better, worse) -> (n, 2), the small `AutoencoderKL`
     "How often the better picture of held-out pairs wins: in all, of those that were drawn and decoded, and for each kind of pair."
@@ -119,12 +123,14 @@ def quality(score, vae, n=960, seed=1_000_003): # function (prompts, better, wor
     groups = {'all pairs': vaes | True, 'drawn': ~vaes, 'decoded': vaes, **{k: kinds == i for i, k in enumerate(KINDS)}}
     return {k: f'{wins[m].mean().item():.1%}' for k, m in groups.items()}
 
+# %% ../../nbs/zoo/06_hps.ipynb #046c07f9
 def sources(a): # options with folders `clip` and `vae`
     "What a preference score starts from: the small CLIP, its tokenizer, the small VAE."
     from diffusers import AutoencoderKL
     from transformers import CLIPModel, CLIPTokenizer
     return load_net(CLIPModel, a.clip), read_part(CLIPTokenizer, a.clip), load_net(AutoencoderKL, a.vae)
 
+# %% ../../nbs/zoo/06_hps.ipynb #e0fbcd0e
 ABOUT = 'An open_clip `CLIP` tuned on preference pairs of the small world: the better picture shows what the prompt asks, and cleanly.'
 
 def _publish(state, step, tok, vae, a):
@@ -139,6 +145,7 @@ def _publish(state, step, tok, vae, a):
         write_json(d / 'open_clip_config.json', dict(model_cfg=CONFIG))
         write_card(d, 'Small HPS', ABOUT, facts, quality(lambda p, *x: hps_scores(clip, token_ids(tok, p), *x), vae))
 
+# %% ../../nbs/zoo/06_hps.ipynb #416e69b9
 def main(argv=None):
     "Tune the small CLIP on preference pairs, as HPSv2 was."
     a = options(argv, main.__doc__, steps=80, out='runs/zoo/hps', to='vader_nb/checkpoints/hps',

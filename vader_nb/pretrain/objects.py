@@ -35,6 +35,7 @@ def surround(mask # (n, h, w) booleans
     xyxy = torch.stack([x0, y0, x1, y1], 1) / torch.tensor([*mask.shape[:0:-1]] * 2)
     return torch.where((torch.minimum(x1 - x0, y1 - y0) >= 3)[:, None], box_convert(xyxy, 'xyxy', 'cxcywh'), torch.nan)
 
+# %% ../../nbs/zoo/08_objects.ipynb #5950a86d
 def boxes(s, # n scenes
           t  # one time in frames
           ): # (n, 2, 4): a box for each of `KINDS`
@@ -56,6 +57,7 @@ def through_vae(x,  # frames (n, 3, h, w) in [0, 1]
     z = z + 2 * k.view(-1, 1, 1, 1) * torch.randn(z.shape, generator=g)
     return (vae.decode(z).sample / 2 + .5).clamp(0, 1)
 
+# %% ../../nbs/zoo/08_objects.ipynb #2f5ab68b
 def pictures(g, n, # `torch.Generator`, how many
              vae,  # the small `AutoencoderKL`
              grades=('dull', 'any', 'any', 'vivid')):
@@ -66,6 +68,7 @@ def pictures(g, n, # `torch.Generator`, how many
     x[:n // 3] = through_vae(x[:n // 3], k, vae, g)
     return (255 * x).round().byte(), boxes(s, t)
 
+# %% ../../nbs/zoo/08_objects.ipynb #336ceb47
 def batch(pool, g, # frames and boxes as from `pictures`, `torch.Generator`
           n=16):
     "Frames (n, 3, 64, 64) in [0, 1] and boxes (n, 2, 4), half of them mirrored, a quarter spoiled."
@@ -150,6 +153,7 @@ def patch_truth(truth # (n, 2, 4), nan where nothing is
         shown[((c - x).abs() < w / 2 + .03) & ((c[:, None] - y).abs() < h / 2 + .03)] = k
     return shown.flatten(1)
 
+# %% ../../nbs/zoo/08_objects.ipynb #2bfe3ea2
 class Pupil(torch.nn.Module):
     "The detector and what it needs only while it learns."
     def __init__(self, net # a `YolosForObjectDetection`
@@ -205,6 +209,7 @@ def marks(net, x, truth):
     p, b = torch.cat([o.logits.softmax(-1) for o in outs]), torch.cat([o.pred_boxes for o in outs])
     return [average_precision(p[..., k], b, truth[:, k]) for k in range(len(KINDS))]
 
+# %% ../../nbs/zoo/08_objects.ipynb #d6a68efd
 def quality(net, vae, n=200, seed=1_000_003):
     "AP50 on held-out frames of each grade, and on what the VAE leaves of them."
     t, out = torch.tensor([3.3]), {}
@@ -215,6 +220,7 @@ def quality(net, vae, n=200, seed=1_000_003):
             out[f'AP50 {where}'] = ', '.join(f'{k} {m:.2f}' for k, m in zip(KINDS, marks(net, o, truth)))
     return out
 
+# %% ../../nbs/zoo/08_objects.ipynb #c244c3e7
 ABOUT = 'A `YolosForObjectDetection` that finds books and cups in frames of the small world.'
 
 def _publish(state, step, vae, a):
@@ -228,6 +234,7 @@ def _publish(state, step, vae, a):
         YolosImageProcessor(size=dict(shortest_edge=64, longest_edge=128)).save_pretrained(d)
         write_card(d, 'Small object detector', ABOUT, facts, quality(net.float(), vae))
 
+# %% ../../nbs/zoo/08_objects.ipynb #49491422
 def _pool(file, a, vae):
     "The frames to train on, from their file, or made and filed."
     if not file.exists():
