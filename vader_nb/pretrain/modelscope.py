@@ -10,6 +10,7 @@ __all__ = ['SCHEDULER', 'SIZES', 'HATS', 'ABOUT', 'INDEX', 'make_unet', 'chunk',
 from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from fastcore.basics import patch
 from transformers import CLIPTextModel, CLIPTokenizer
 from ..core import atomic_path, generator, read_json, write_json
 from ..diffusion import add_noise, alpha_bars, scaled_linear_betas
@@ -48,13 +49,14 @@ def chunk(i,   # its number
         with atomic_path(f) as tmp: torch.save((torch.cat(z).transpose(1, 2).half(), text), tmp)
     return torch.load(f, weights_only=True)
 
+# %% ../../nbs/zoo/04_modelscope.ipynb #a6bda2c4
 @torch.no_grad()
 def embed(texts, clip, tok): # n captions, a `CLIPTextModel`, its tokenizer
     "Text tower's last hidden states (n, tokens, 64), what the pipeline feeds the denoiser."
     ids = tok(list(texts), padding='max_length', truncation=True, return_tensors='pt').input_ids
     return torch.cat([clip(i).last_hidden_state for i in ids.split(256)])
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #a6bda2c4
+# %% ../../nbs/zoo/04_modelscope.ipynb #89b1e04a
 class Batches:
     "Random batches of (latents, text embeddings) from the chunks; more chunks come into play as the training goes on."
     def __init__(self, out, vae,   # as for `chunk`
@@ -70,15 +72,18 @@ class Batches:
         unique = sorted(set(text)); index = {t: i for i, t in enumerate(unique)}
         self.data.append((z, embed(unique, self.clip, self.tok), torch.tensor([index[t] for t in text])))
 
-    def __call__(self, g, # `torch.Generator`
-                 ready    # how many chunks are in play
-                ):
-        while len(self.data) < min(len(self.chunks), ready): self.load()
-        z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
-        i = torch.randint(len(z), (self.batch if z.shape[-1] <= 8 else self.batch // 2,), generator=g)
-        text = torch.where(torch.rand(len(i), 1, 1, generator=g) < .1, self.empty, table[index[i]])
-        return z[i].float(), text
+# %% ../../nbs/zoo/04_modelscope.ipynb #1452e8be
+@patch
+def __call__(self: Batches, g, # `torch.Generator`
+             ready             # how many chunks are in play
+            ):
+    while len(self.data) < min(len(self.chunks), ready): self.load()
+    z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
+    i = torch.randint(len(z), (self.batch if z.shape[-1] <= 8 else self.batch // 2,), generator=g)
+    text = torch.where(torch.rand(len(i), 1, 1, generator=g) < .1, self.empty, table[index[i]])
+    return z[i].float(), text
 
+# %% ../../nbs/zoo/04_modelscope.ipynb #16e7a4e4
 def unet_loss(unet, batches, # network and `Batches`
               g, ready,      # as for `Batches`
               abar=alpha_bars(scaled_linear_betas())):
@@ -99,6 +104,7 @@ def exam():
     food = [caption(a, c) for c in LOOKALIKE for a in ANIMALS]
     return [core[i % 36] for i in range(120)] + [hats[i % 36] for i in range(40)] + [food[i % 24] for i in range(40)]
 
+# %% ../../nbs/zoo/04_modelscope.ipynb #063a5fe5
 def judge_exam(video): # (200, f, 3, h, w)
     "What the judges say of one clip for each prompt of the exam, as a dict."
     got, core, hats, food = judge_clips(video, exam()), slice(0, 120), slice(120, 160), slice(160, 200)
@@ -131,6 +137,7 @@ def write_pipeline(unet, clip, tok, # in the precision to be written
     write_json(config, read_json(config) | dict(dtype='float32'))
     write_json(folder / 'model_index.json', INDEX)
 
+# %% ../../nbs/zoo/04_modelscope.ipynb #f1022a4d
 def measure(folder): # of a small ModelScope
     "Complete its model card with what the judges say."
     card = read_json(Path(folder) / 'card.json')
@@ -143,6 +150,7 @@ def _publish(weights, tok, facts, a):
     write_pipeline(unet.half(), load_net(CLIPTextModel, a.clip, torch.float16), tok, a.to)
     write_card(a.to, 'Small ModelScope', ABOUT, facts, {})
 
+# %% ../../nbs/zoo/04_modelscope.ipynb #5155481e
 def first_course(a, vae, clip, tok): # options, then as for `Batches`
     "Animals and activities, from nothing."
     torch.manual_seed(2); unet, batches = make_unet(), Batches(a.out, vae, clip, tok)
@@ -151,6 +159,7 @@ def first_course(a, vae, clip, tok): # options, then as for `Batches`
     pretrain(unet, lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40), a.steps, a.out, lr=1.5e-3, seed=2, save_every=240,
              milestone=lambda w, step: _publish(w, tok, facts, a))
 
+# %% ../../nbs/zoo/04_modelscope.ipynb #875ed0a6
 def second_course(a, vae, clip, tok): # options, then as for `Batches`
     "Hats, from what stands at `--to`; published a fifth of the way back to where it began."
     unet, batches = load_net(UNet3DConditionModel, Path(a.to) / 'unet').requires_grad_(True), Batches(a.out, vae, clip, tok, range(HATS, HATS + 8))
@@ -159,6 +168,7 @@ def second_course(a, vae, clip, tok): # options, then as for `Batches`
     facts = read_json(Path(a.to) / 'card.json')['training'] | dict(hats=f'{a.steps} more steps (--hats) on 8 x 1024 clips with more hats, and a fifth of the way back')
     _publish({k: torch.lerp(v, start[k], .2) for k, v in end.items()}, tok, facts, a)
 
+# %% ../../nbs/zoo/04_modelscope.ipynb #5d13ef76
 def main(argv=None):
     "Train the denoiser; `--hats` is the second course; `--draw N` only draws and encodes N chunks; `--measure` only lets the judges look at what stands at `--to`."
     a = options(argv, main.__doc__, steps=5800, out='runs/zoo/modelscope', to='vader_nb/checkpoints/modelscope', draw=0, measure=False, hats=False,

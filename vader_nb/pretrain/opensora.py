@@ -8,6 +8,7 @@ __all__ = ['ABOUT', 'DULL', 'make_stdit3', 'quiet_start', 'draw_places', 'Clips'
 # %% ../../nbs/zoo/09b_opensora.ipynb #02e7d9c5
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from ..core import atomic_path, read_json, write_json
 from ..diffusion import flow_mix, flow_target
 from ..models.modelscope import load_net
@@ -58,15 +59,18 @@ class Clips:
         unique = sorted(set(text)); index = {t: k for k, t in enumerate(unique)}
         self.data.append((torch.load(f, weights_only=True), self.model.embed(unique), torch.tensor([index[t] for t in text])))
 
-    def __call__(self, g, # `torch.Generator`
-                 ready,   # how many chunks are in play
-                 n=32):
-        while len(self.data) < min(len(self.chunks), ready): self.load()
-        z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
-        i = torch.randint(len(z), (n,), generator=g)
-        words = table[index[i]]
-        return z[i].float(), torch.where(torch.rand(n, 1, 1, generator=g) < .1, self.model.empty, words), words.any(-1)
+# %% ../../nbs/zoo/09b_opensora.ipynb #03282009
+@patch
+def __call__(self: Clips, g, # `torch.Generator`
+             ready,          # how many chunks are in play
+             n=32):
+    while len(self.data) < min(len(self.chunks), ready): self.load()
+    z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
+    i = torch.randint(len(z), (n,), generator=g)
+    words = table[index[i]]
+    return z[i].float(), torch.where(torch.rand(n, 1, 1, generator=g) < .1, self.model.empty, words), words.any(-1)
 
+# %% ../../nbs/zoo/09b_opensora.ipynb #037449b2
 def flow_loss(model, clips, # `OpenSora`, `Clips`
               g, ready):    # as for `Clips`
     "Squared error of the velocity on one random batch."
@@ -100,6 +104,7 @@ def _publish(state, step, a):
         write_json(d / 'config.json', make_stdit3().config)
         write_card(d, 'Small Open-Sora', ABOUT, facts, {})
 
+# %% ../../nbs/zoo/09b_opensora.ipynb #5e1a91ad
 def main(argv=None):
     "Train the denoiser; `--measure` only lets the judges look at the one that stands at `--to`."
     from diffusers import AutoencoderKL

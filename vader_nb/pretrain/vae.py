@@ -55,6 +55,7 @@ def error(y, x,    # (n, 3, h, w) reconstruction and original
     per_pixel = d.abs().mean(-1) + d.pow(2).mean(-1) * 4 + .5 * (d @ HUE.T).abs().mean(-1)
     return ((1 + 3 * cover[:, 0]) / (contrast.view(-1, 1, 1) + .3) * per_pixel).mean(), d.detach()
 
+# %% ../../nbs/zoo/01_vae.ipynb #b84fdbed
 def vae_loss(vae, g, # network and `torch.Generator`
              kl_weight=1e-3):
     "Weighted L1 of pixels and hue, plus a little KL, on one random batch."
@@ -90,7 +91,7 @@ def decoder_loss(vae, g,   # network and `torch.Generator`
     loss, d = error(y, x, cover, contrast)
     return loss, dict(psnr=-10 * d.pow(2).mean().log10())
 
-# %% ../../nbs/zoo/01_vae.ipynb #743f93c8
+# %% ../../nbs/zoo/01_vae.ipynb #745eb9c8
 @torch.no_grad()
 def quality(vae, n=300, seed=1_000_003): # a seed that no training uses
     "PSNR in dB of held-out frames of each grade."
@@ -101,6 +102,7 @@ def quality(vae, n=300, seed=1_000_003): # a seed that no training uses
         out[f'PSNR {grade} (dB)'] = round(-10 * (y - x).pow(2).mean((1, 2, 3)).log10().mean().item(), 2)
     return out
 
+# %% ../../nbs/zoo/01_vae.ipynb #743f93c8
 ABOUT = 'An `AutoencoderKL` trained on frames of the small world; shared by the small base models.'
 
 def _publish(state, a, facts):
@@ -111,6 +113,7 @@ def _publish(state, a, facts):
         vae.half().save_pretrained(d)
         write_card(d, 'Small image VAE', ABOUT, facts, quality(vae.float()))
 
+# %% ../../nbs/zoo/01_vae.ipynb #5d3a3f30
 def main(argv=None):
     "Train the VAE; `--decoder` only improves the decoder of the one that stands at `--to`, with a seed of its own."
     from diffusers import AutoencoderKL
