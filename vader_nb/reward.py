@@ -9,6 +9,7 @@ __all__ = ['check_video', 'Reward', 'Sum', 'reward_from', 'freeze', 'frame_mean'
 from contextlib import nullcontext
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .core import check, generator, randn, to_frames
@@ -29,6 +30,7 @@ def check_video(video,              # pixels (b, f, 3, h, w) in [0, 1], any floa
     check(prompts is None or len(prompts) == len(video), f'{len(video)} videos need {len(video)} prompts, not {len(prompts or [])}')
     if not video.is_meta: _check_pixels(video.detach())
 
+# %% ../nbs/13_reward.ipynb #6c8417fb
 def _kind(x):
     "What `x` is, in words, for an error message."
     return f'a tensor of {x.dtype}' if torch.is_tensor(x) else type(x).__name__
@@ -53,19 +55,6 @@ class Reward(nn.Module):
         "The score (b,) of a checked `video`. Every reward writes this one."
         raise NotImplementedError(f'{type(self).__name__} must define score(video, prompts, generator)')
 
-    def parts(self,
-              video,          # pixels (b, f, 3, h, w) in [0, 1]
-              prompts=None,   # list of b prompts
-              generator=None  # for rewards that draw at random (masks): one draw per call, shared by the batch
-              ):
-        "Each term's unweighted score, as a dict from name to (b,)."
-        check_video(video, prompts, self.min_frames, self.needs_prompts)
-        with _own_precision(video): return {self.name: self.score(video, prompts, generator)}
-
-    def combine(self, parts):
-        "The reward (b,) from what `parts` returned: a logger needs both and must not score twice."
-        return parts[self.name]
-
     def forward(self, video, prompts=None, generator=None):
         "The reward (b,) of `video`."
         return self.combine(self.parts(video, prompts, generator))
@@ -74,9 +63,25 @@ class Reward(nn.Module):
     def __mul__(self, weight): return Sum([(weight * w, r) for w, r in _terms(self)])
     __rmul__ = __mul__
 
+# %% ../nbs/13_reward.ipynb #9a744000
 def _own_precision(video):
     "Switch off a trainer's autocast (which meta tensors know nothing of)."
     return nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False)
+
+@patch
+def parts(self: Reward,
+          video,          # pixels (b, f, 3, h, w) in [0, 1]
+          prompts=None,   # list of b prompts
+          generator=None  # for rewards that draw at random (masks): one draw per call, shared by the batch
+          ):
+    "Each term's unweighted score, as a dict from name to (b,)."
+    check_video(video, prompts, self.min_frames, self.needs_prompts)
+    with _own_precision(video): return {self.name: self.score(video, prompts, generator)}
+
+@patch
+def combine(self: Reward, parts):
+    "The reward (b,) from what `parts` returned: a logger needs both and must not score twice."
+    return parts[self.name]
 
 # %% ../nbs/13_reward.ipynb #b40e9e85
 class Sum(Reward):
@@ -97,6 +102,7 @@ class Sum(Reward):
 
     def combine(self, parts): return sum(w * parts[r.name] for w, r in zip(self.weights, self.rewards))
 
+# %% ../nbs/13_reward.ipynb #21cb08d2
 def _terms(x):
     "A reward as a list of (weight, reward)."
     check(isinstance(x, Reward), f'a reward can be added to a reward and multiplied by a number, but this is {_kind(x)}')
