@@ -12,6 +12,7 @@ import re, zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import VaderError, check, pick_device, pick_dtype, read_json
 from ..diffusion import add_noise, per_sample, to_x0_eps
@@ -93,7 +94,7 @@ class OpenClipText(nn.Module):
                                                normalize_intermediates=True, intermediates_only=True, output_fmt='NLC')
         return out['text_intermediates'][0]
 
-# %% ../../nbs/08b_videocrafter.ipynb #c77db646
+# %% ../../nbs/08b_videocrafter.ipynb #4f90fcb8
 class VideoCrafter(VideoModel):
     "VideoCrafter2, at any size, behind the contract of `VideoModel`."
     name = 'videocrafter'
@@ -112,24 +113,31 @@ class VideoCrafter(VideoModel):
 
     def embed(self, prompts): return self.read(prompts)
 
-    def size(self, *size):
-        size = super().size(*size)
-        check_size(*size, self.grain)
-        return size
+# %% ../../nbs/08b_videocrafter.ipynb #c77db646
+@patch
+def size(self: VideoCrafter, *size):
+    size = super(VideoCrafter, self).size(*size)
+    check_size(*size, self.grain)
+    return size
 
-    def encode(self, prompts, frames=None, height=None, width=None, generator=None):
-        check(self.fps > 0, f'fps is {self.fps}, but a clip needs more than 0 frames a second')
-        cond = super().encode(prompts, frames, height, width, generator)
-        return replace(cond, extra=dict(fps=torch.full((len(cond),), self.fps, device=self.device)))
+# %% ../../nbs/08b_videocrafter.ipynb #aebb8e6b
+@patch
+def encode(self: VideoCrafter, prompts, frames=None, height=None, width=None, generator=None):
+    check(self.fps > 0, f'fps is {self.fps}, but a clip needs more than 0 frames a second')
+    cond = super(VideoCrafter, self).encode(prompts, frames, height, width, generator)
+    return replace(cond, extra=dict(fps=torch.full((len(cond),), self.fps, device=self.device)))
 
-    def denoise(self, x, t, embeds, fps):
-        "The UNet's noise estimate for `x`, in the number format of `x`."
-        return self.denoiser(x.to(self.dtype), t, embeds.to(self.dtype), fps).to(x.dtype)
+# %% ../../nbs/08b_videocrafter.ipynb #48265b93
+@patch
+def denoise(self: VideoCrafter, x, t, embeds, fps):
+    "The UNet's noise estimate for `x`, in the number format of `x`."
+    return self.denoiser(x.to(self.dtype), t, embeds.to(self.dtype), fps).to(x.dtype)
 
-    def sampler(self, steps, kind='ddim', eta=0., size=()):
-        "DDIM with dynamic rescaling, see `scaled_ddim`; raises `VaderError` for another kind."
-        check(kind == 'ddim', f'VideoCrafter samples with ddim, not {kind}: the others do not know its rescaled schedule')
-        return scaled_ddim(steps, eta)
+@patch
+def sampler(self: VideoCrafter, steps, kind='ddim', eta=0., size=()):
+    "DDIM with dynamic rescaling, see `scaled_ddim`; raises `VaderError` for another kind."
+    check(kind == 'ddim', f'VideoCrafter samples with ddim, not {kind}: the others do not know its rescaled schedule')
+    return scaled_ddim(steps, eta)
 
 # %% ../../nbs/08b_videocrafter.ipynb #2a90c96d
 _VAE_NAMES = [(r'(down|up)_blocks', r'\1'), (r'\.resnets\.', '.block.'), (r'mid_block\.block\.0', 'mid.block_1'), (r'mid_block\.block\.1', 'mid.block_2'),
@@ -185,6 +193,7 @@ def looks_like(
     "The model that a checkpoint seems to belong to."
     return next((model for sign, model in _SIGNS.items() if any(sign in n for n in names)), 'no model that we know')
 
+# %% ../../nbs/08b_videocrafter.ipynb #68f0f27e
 def check_names(
     want: dict,  # name -> shape
     have: dict,  # name -> shape
@@ -239,6 +248,7 @@ def open_small(
     except Exception as e: raise VaderError(f'no usable LVDM in {folder} ({str(e).strip().splitlines()[0][:120]}): install the package again') from e
     return VideoCrafter(unet.to(device, dtype).eval(), base.vae, base.embed, base.native_size, fps=8)
 
+# %% ../../nbs/08b_videocrafter.ipynb #ba9e5ad4
 def load_videocrafter(
     scale='small',  # 'small': shipped with this package; 'full': VideoCrafter/VideoCrafter2
     device=None,    # as in `pick_device`
