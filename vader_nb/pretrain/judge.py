@@ -19,6 +19,7 @@ def moments(g):
     t = torch.arange(4) * 2.33 if spread else torch.randint(0, 9, (1,), generator=g) + torch.arange(4)
     return t + torch.rand(1, generator=g)
 
+# %% ../../nbs/zoo/03_judge.ipynb #8811e4d6
 def clips(g, n, grade='any',   # as for `scenes`
           strength=(0., .7)    # range of spoiling
          ):
@@ -31,6 +32,7 @@ def clips(g, n, grade='any',   # as for `scenes`
     x, r = spoil_some(clean, kinds, k, g), rate(clean)
     return x, s, torch.where(kinds < 0, r, label(r, rate(x), k)), framed
 
+# %% ../../nbs/zoo/03_judge.ipynb #3e63c3f6
 def judge_loss(judge, g, # network and `torch.Generator`
                n=32):    # clips in the batch
     "Cross entropy of the five questions, a fifth as much where framing is bad, plus the squared error of the rating."
@@ -46,7 +48,7 @@ def judge_loss(judge, g, # network and `torch.Generator`
     err = (out['rating'] - rating).pow(2).mean()
     return loss + .3 * err, dict(rec, rating_rmse=err.detach().sqrt())
 
-# %% ../../nbs/zoo/03_judge.ipynb #8811e4d6
+# %% ../../nbs/zoo/03_judge.ipynb #aa0b22a5
 @torch.no_grad()
 def quality(judge, n=600, seed=1_000_003):
     "Accuracy on held-out clips of all grades, clean and spoiled (strength 0.3), and the correlation of the rating with the rule's."
@@ -62,6 +64,7 @@ def quality(judge, n=600, seed=1_000_003):
     res = {f'{k}, {name}': accuracy(out, k) for name, out in (('clean', clean), ('spoiled', spoiled)) for k in QUESTIONS}
     return dict(res, **{'rating: correlation with the rule': round(torch.corrcoef(torch.stack([clean['rating'], rate(x)]))[0, 1].item(), 3)})
 
+# %% ../../nbs/zoo/03_judge.ipynb #7138e739
 ABOUT = 'Answers what a clip of the small world shows, and rates its frames. For measuring only, never a reward.'
 
 def _publish(state, step, a):
@@ -75,6 +78,7 @@ def _publish(state, step, a):
         save_file({k: v.half() for k, v in judge.state_dict().items()}, d / 'model.safetensors')
         write_card(d, 'Small judge', ABOUT, facts, quality(judge))
 
+# %% ../../nbs/zoo/03_judge.ipynb #633bfb6b
 def main(argv=None):
     "Train the judge."
     a = options(argv, main.__doc__, steps=1500, out='runs/zoo/judge', to='vader_nb/checkpoints/judge')
