@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MASKS', 'PARTS', 'VJepaConfig', 'position_table', 'stretch', 'block_size', 'block_mask', 'draw_masks',
-           'Attention', 'Perceptron', 'Block', 'take', 'Encoder', 'Predictor', 'VJepa', 'masked_error',
+           'future_mask', 'Attention', 'Perceptron', 'Block', 'take', 'Encoder', 'Predictor', 'VJepa', 'masked_error',
            'published_state', 'fill', 'load_vjepa_net', 'save_vjepa_net']
 
 # %% ../../nbs/19a_vjepa_net.ipynb #840568ad
@@ -96,6 +96,13 @@ def block_mask(grid, # tokens along time, height, width
 def draw_masks(grid, generator, context=1.):
     "One mask of each kind in `MASKS`: a list of (visible, hidden)."
     return [block_mask(grid, block_size(grid, share, generator), blocks, generator, context) for share, blocks in MASKS]
+
+# %% ../../nbs/19a_vjepa_net.ipynb #037d1ae8
+def future_mask(grid # tokens along time, height, width
+                ):
+    "The first half of a clip visible, the second hidden: the numbers of the tokens of each."
+    check(grid[0] > 1, 'a clip of one token along time has no second half')
+    return torch.arange(math.prod(grid)).tensor_split((grid[0] // 2 * grid[1] * grid[2],))
 
 # %% ../../nbs/19a_vjepa_net.ipynb #8d0aaed1
 class Attention(nn.Module):

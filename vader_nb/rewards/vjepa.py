@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..core import VaderError, check, generator as seeded, pick_device, pick_dtype, to_frames
 from ..models.modelscope import load_net
-from ..nets.vjepa import VJepaConfig, draw_masks, load_vjepa_net, masked_error, take
+from ..nets.vjepa import VJepaConfig, draw_masks, future_mask, load_vjepa_net, masked_error, take
 from ..reward import Reward, freeze
 from .aesthetic import center_crop, resize_shorter
 from ..world import ANIMALS, draw, spoil
@@ -48,23 +48,25 @@ def vjepa_view(video, # (b, f, 3, h, w) in [0, 1]
 
 # %% ../../nbs/19b_vjepa.ipynb #ba884fd7
 class VJepaReward(Reward):
-    "Minus V-JEPA's loss: how well the hidden parts of a clip follow from the visible ones; 0 is perfect, about -0.8 no better than chance."
+    "Minus V-JEPA's loss: how well the hidden parts of a clip follow from the visible ones; 0 is perfect, and how low it gets depends on the network's features."
     name, wants = 'vjepa', 'clip'
     def __init__(self,
                  net,                 # `VJepa` or `VJepa2`
                  draws=2,             # pairs of masks (short-range, long-range) to average over
                  through_target=True, # does the gradient also flow through the target encoder? In V-JEPA's training it does not
-                 context=1.           # share of the clip, from its first frame on, in which tokens may be visible
+                 context=1.,          # share of the clip, from its first frame on, in which tokens may be visible
+                 future=False         # no masks: guess the second half from the first
                  ):
         super().__init__()
         check(draws > 0, f'draws must be at least 1, not {draws}')
         check(0 < context <= 1, f'context must be a share of the clip above 0 and at most 1, not {context}')
-        self.net, self.draws, self.through_target, self.context = freeze(net), draws, through_target, context
+        self.net, self.draws, self.through_target, self.context, self.future = freeze(net), draws, through_target, context, future
         self.min_frames = net.config.frames
 
     def masks(self, generator=None, device=None):
         "The masks of one call: (visible, hidden) of each kind in turn. Without a generator always the same, so that scores compare."
         g = seeded(0) if generator is None else generator
+        if self.future: return [[i.to(device) for i in future_mask(self.net.config.grid)]]
         return [(v.to(device), h.to(device)) for _ in range(self.draws) for v, h in draw_masks(self.net.config.grid, g, self.context)]
 
     def score(self, video, prompts, generator):
