@@ -219,7 +219,7 @@ EXPERIMENTS = {
     'videocrafter-pickscore': Experiment('Figure 3', 'VideoCrafter2 learns what people pick', load_videocrafter, load_pickscore,
                                          animal_prompts, videocrafter_small, videocrafter_full),
     'videocrafter-remove-book': Experiment('Figure 5', 'VideoCrafter2 learns to leave out the book that it is asked for', load_videocrafter, load_objects,
-                                           asked_often(book_prompts, 4), dict(steps=30, T=10, guidance=6.), videocrafter_full),
+                                           asked_often(book_prompts, 4), dict(steps=40, T=10, guidance=6.), videocrafter_full),
     'opensora-pickscore': Experiment('Figure 6', 'Open-Sora learns what people pick', load_opensora, load_pickscore, action_prompts, opensora_small, opensora_full),
     'svd-aesthetic-dogs': Experiment('Table 1', 'Stable Video Diffusion learns to please the aesthetic predictor, on labradors; tested on malteses', load_svd, load_aesthetic,
                                      dog_images, svd_small, svd_full),
