@@ -55,7 +55,7 @@ class VJepaReward(Reward):
                  draws=2,             # pairs of masks (short-range, long-range) to average over
                  through_target=True, # does the gradient also flow through the target encoder? In V-JEPA's training it does not
                  context=1.,          # share of the clip, from its first frame on, in which tokens may be visible
-                 future=False         # no masks: guess the second half from the first
+                 future=False         # no masks: guess the second half from the first (`draws` and `context` then count for nothing)
                  ):
         super().__init__()
         check(draws > 0, f'draws must be at least 1, not {draws}')
