@@ -139,6 +139,7 @@ def main(argv=None):
     torch.manual_seed(0); painter, clips = Painter(SMALL), pool(a.clips)
     some = lambda g: batch(clips[torch.randint(len(clips), (16,), generator=g)])
     weights = pretrain(painter, lambda g, step: paint_loss(painter, some(g), g), a.painting, f'{a.out}/encoder', lr=2e-3, weight_decay=.04)
+    torch.manual_seed(a.painting - 1)   # as the last step leaves it, after an interruption too
     net, learnt = VJepa(SMALL), {k.removeprefix('encoder.'): v for k, v in weights.items() if k.startswith('encoder.')}
     for encoder in (net.encoder, net.target_encoder): encoder.load_state_dict(learnt); freeze(encoder)
     seen, target = known(net, clips)
