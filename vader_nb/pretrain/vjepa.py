@@ -32,6 +32,7 @@ def pan(video, g, # (n, f, 3, h, w), `torch.Generator`
     grid = F.affine_grid(theta.flatten(0, 1), (n * f, 3, *video.shape[-2:]), align_corners=False)
     return F.grid_sample(video.flatten(0, 1), grid, padding_mode='reflection', align_corners=False).view_as(video)
 
+# %% ../../nbs/zoo/10_vjepa.ipynb #93d68f4b
 def pool(n,        # clips
          seed=0,
          piece=50  # drawn at once
@@ -95,6 +96,7 @@ def known(net, clips, # `VJepa`, bytes as from `pool`
     first = future_mask(net.config.grid)[0]
     return [torch.cat([f(batch(c)).half() for c in clips.split(n)]) for f in (lambda x: net.encoder(x, first), net.targets)]
 
+# %% ../../nbs/zoo/10_vjepa.ipynb #ea6291ac
 def predict_loss(net, clips, seen, target, # `VJepa`, bytes, both results of `known`
                  g                         # `torch.Generator`: which clips, which question
                  ):
@@ -115,6 +117,7 @@ def ranking(reward, n=100, seed=1_000_003, piece=20):
     clean = score('')
     return {kind: (clean > score(kind)).float().mean().item() for kind in DISTURBANCES}
 
+# %% ../../nbs/zoo/10_vjepa.ipynb #dadb4e4f
 ABOUT = ('Encoder and predictor of V-JEPA (patch 8, tubelet 2), trained on clips of the small world without labels: the encoder by painting hidden places, '
          'the predictor by the masked prediction of its features. Context encoder and target encoder are the same.')
 
@@ -133,6 +136,7 @@ def _filled(state):
     net = VJepa(SMALL); net.load_state_dict(state)
     return net
 
+# %% ../../nbs/zoo/10_vjepa.ipynb #139e19aa
 def main(argv=None):
     "Train V-JEPA: the encoder, then the predictor."
     a = options(argv, main.__doc__, painting=1_800, steps=9_000, clips=10_000, out='runs/zoo/vjepa', to='vader_nb/checkpoints/vjepa')

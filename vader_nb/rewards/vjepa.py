@@ -150,6 +150,7 @@ def disturbed(kind,  # one of `DISTURBANCES`
     if kind == 'cross-faded': return torch.lerp(x, x.roll(1, 0), fade)
     return x[:, :1].expand(-1, frames, -1, -1, -1)
 
+# %% ../../nbs/19b_vjepa.ipynb #90f1a8a1
 def _shuffle(n, g):
     "A random order of n frames that is neither the true one nor its reverse."
     order = list(range(n))
