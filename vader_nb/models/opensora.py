@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'flow_ratio', 'flow_sampler', 'clean_text', 'OpenSora', 'check_reader', 'drop_text_encoder',
-           'read_embeddings', 'fill', 'read_state', 'configured', 'open_stdit3', 'open_vae', 'open_text',
-           'open_opensora', 'load_opensora']
+           'read_embeddings', 'read_state', 'configured', 'open_stdit3', 'open_vae', 'open_text', 'open_opensora',
+           'load_opensora']
 
 # %% ../../nbs/09c_opensora.ipynb #3c5be077
 from pathlib import Path
 import torch
-from torch import nn
 from fastcore.basics import patch
 from ..core import VaderError, atomic_path, check, pick_device, pick_dtype, randn, read_json
-from .modelscope import check_words, load_net, read_part
-from .videocrafter import check_names
+from .modelscope import check_words
 from ..nets.opensora_vae import PIECE, OpenSoraVAE, latent_frames
 from ..nets.stdit3 import STDiT3
 from ..samplers import RFlow
 from ..video_model import Condition, VideoModel, check_frames, check_prompts
-from ..zoo import model_path
+from ..zoo import fill, load_net, model_path, read_part
 
 # %% ../../nbs/09c_opensora.ipynb #81efb4ab
 def flow_ratio(
@@ -152,18 +150,6 @@ def read_embeddings(
     except Exception as e: raise VaderError(f'no usable embeddings in {file} ({str(e).splitlines()[0]}): make them with drop_text_encoder') from e
     check(all(v.shape == model.caption for v in known.values()), f'the embeddings in {file} are another text encoder\'s: {model.name} needs {model.caption} each')
     model.cache.update(known)
-
-# %% ../../nbs/09c_opensora.ipynb #fbbe5f2a
-def fill(
-    net: nn.Module,
-    state: dict,  # name -> tensor
-    where,        # where it came from, for the message
-) -> nn.Module:
-    "`net` with exactly the weights of `state`, in eval mode; raises `VaderError` unless names and shapes agree."
-    shapes = lambda d: {k: tuple(v.shape) for k, v in d.items()}
-    check_names(shapes(net.state_dict()), shapes(state), where, type(net).__name__)
-    net.load_state_dict(state, assign=True)
-    return net.eval()
 
 # %% ../../nbs/09c_opensora.ipynb #e7faec5d
 def read_state(

@@ -14,10 +14,9 @@ import torch
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from ..core import VaderError, check, from_frames, generator as seeded, pick_device, pick_dtype, randn, swap_cf, to_frames
-from .modelscope import load_net, read_part
 from ..video_model import Condition, VideoModel, check_frames
 from ..world import draw, parse, scenes
-from ..zoo import model_path
+from ..zoo import load_net, model_path, read_part
 
 # %% ../../nbs/10_svd.ipynb #f5c8846b
 def start_image(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULE', 'UNUSED', 'FULL_VAE', 'FULL_TEXT', 'scale_table', 'add_scaled_noise', 'ScaledDDIM', 'scaled_ddim',
-           'OpenClipText', 'VideoCrafter', 'vae_key', 'layout', 'full_parts', 'looks_like', 'check_names',
-           'read_checkpoint', 'open_videocrafter', 'open_small', 'load_videocrafter']
+           'OpenClipText', 'VideoCrafter', 'vae_key', 'layout', 'full_parts', 'read_checkpoint', 'open_videocrafter',
+           'open_small', 'load_videocrafter']
 
 # %% ../../nbs/08b_videocrafter.ipynb #fd671ad7
 import re, zipfile
@@ -20,7 +20,7 @@ from ..nets.videocrafter import LVDM
 from ..samplers import DDIM, ddim_step, schedule
 from ..video_model import VideoModel, check_size
 from .modelscope import ModelScope, load_modelscope
-from ..zoo import model_path
+from ..zoo import check_names, model_path, shapes
 
 # %% ../../nbs/08b_videocrafter.ipynb #7d520ded
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,
@@ -181,31 +181,6 @@ def full_parts():
     tower.attn_mask = torch.full((77, 77), -torch.inf).triu(1)  # no weight, so no checkpoint will bring it
     return unet, vae, tower
 
-# %% ../../nbs/08b_videocrafter.ipynb #ea21fbc8
-_SIGNS = {'lora_': 'a LoRA', 'temporal_transformer_blocks.': 'Stable Video Diffusion', 'transformer_in.': 'ModelScope', 'condition_embedder.': 'Wan',
-          'framestride_embed': 'DynamiCrafter', 'image_proj_model': 'DynamiCrafter', 'spatial_blocks.': "Open-Sora's STDiT", 'temporal_vae.': "Open-Sora's VAE", 'encoder.block.': 'T5', 'module.backbone.': 'V-JEPA',
-          'temopral_conv.': 'VideoCrafter, but of another version or incomplete', 'model.diffusion_model.': 'Stable Diffusion, for pictures',
-          'visual.transformer.': 'an open_clip model', 'text_model.': 'CLIP'}
-
-def looks_like(
-    names,  # of the weights in a checkpoint
-) -> str:
-    "The model that a checkpoint seems to belong to."
-    return next((model for sign, model in _SIGNS.items() if any(sign in n for n in names)), 'no model that we know')
-
-# %% ../../nbs/08b_videocrafter.ipynb #68f0f27e
-def check_names(
-    want: dict,  # name -> shape
-    have: dict,  # name -> shape
-    where,       # the file, for the error
-    what='VideoCrafter2',
-):
-    "Raise `VaderError` unless both are the same."
-    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    shape = [f'{k} {have[k]} instead of {want[k]}' for k in want if k in have and have[k] != want[k]]
-    lists = [f'{len(v)} {what} ({", ".join(v[:3])})' for what, v in (('missing', missing), ('unknown', extra), ('of another shape', shape)) if v]
-    check(not lists, f'{where} is not this {what}: of its {len(have)} weights {", ".join(lists)}; it looks like {looks_like(have)}')
-
 # %% ../../nbs/08b_videocrafter.ipynb #d1dfbf4c
 def read_checkpoint(
     file,  # a `model.ckpt`
@@ -227,7 +202,7 @@ def open_videocrafter(
 ):
     "The `VideoCrafter` in `file`; raises `VaderError` unless it holds exactly these networks."
     state, plan = read_checkpoint(file), layout(unet, vae, tower)
-    check_names({k: shape for k, (_, _, shape) in plan.items()}, {k: tuple(v.shape) for k, v in state.items() if k not in UNUSED}, file)
+    check_names({k: shape for k, (_, _, shape) in plan.items()}, shapes({k: v for k, v in state.items() if k not in UNUSED}), file, 'VideoCrafter2')
     for net in (unet, vae, tower):
         own = net.state_dict()
         net.load_state_dict({k: state[name].reshape(own[k].shape) for name, (owner, k, _) in plan.items() if owner is net}, assign=True)

@@ -15,10 +15,10 @@ import torch
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from ..core import check, pick_device, pick_dtype, randn, read_json
-from .modelscope import check_words, load_net, read_part
+from .modelscope import check_words
 from .opensora import check_reader, read_embeddings
 from ..video_model import VideoModel, check_frames, check_size
-from ..zoo import model_path
+from ..zoo import load_net, model_path, read_part
 
 # %% ../../nbs/10a_wan.ipynb #e2c82dd7
 def double_time(

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from ..core import atomic_path, from_frames, generator, to_frames
-from ..models.modelscope import load_net
 from ..rewards.objects import imagenet_normalise
 from ..world import ACTIVITIES, SPOILS, draw, scenes, spoil, spoil_some
 from .loop import options, pretrain, write_card
 from .objects import borrow, first_weights, through_vae
+from ..zoo import load_net
 
 # %% ../../nbs/zoo/09_action.ipynb #d85c6d88
 def clips(g, n, # `torch.Generator`, how many

@@ -10,11 +10,11 @@ __all__ = ['CONFIG', 'KINDS', 'CHOICES', 'ABOUT', 'to_open_clip', 'twins', 'thro
 from dataclasses import replace
 import torch, torch.nn.functional as F
 from ..core import atomic_path, generator, write_json
-from ..models.modelscope import load_net, read_part
 from ..rewards.aesthetic import clip_normalise
 from ..rewards.hps import open_clip_net, token_ids
 from ..world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, SPOILS, captions, draw, scenes, spoil_some
 from .loop import options, pretrain, write_card
+from ..zoo import load_net, read_part
 
 # %% ../../nbs/zoo/06_hps.ipynb #57f8f659
 CONFIG = dict(embed_dim=64, quick_gelu=True,

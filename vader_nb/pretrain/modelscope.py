@@ -15,10 +15,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..core import atomic_path, generator, read_json, write_json
 from ..diffusion import add_noise, alpha_bars, scaled_linear_betas
 from ..evaluate import judge_clips
-from ..models.modelscope import load_net, native_sizes, open_modelscope
+from ..models.modelscope import native_sizes, open_modelscope
 from ..rollout import sample
 from ..world import ANIMALS, CORE, HAT_NOISE, LOOKALIKE, caption, captions, draw, noisy_labels, scenes
 from .loop import options, pretrain, write_card
+from ..zoo import load_net
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #48fcd403
 SCHEDULER = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from ..core import atomic_path, generator
-from ..models.modelscope import load_net
 from ..rewards.objects import imagenet_normalise
 from ..world import OBJECTS, SPOILS, draw, scenes, spoil_some
 from .loop import options, pretrain, write_card
+from ..zoo import load_net
 
 # %% ../../nbs/zoo/08_objects.ipynb #c996eec8
 KINDS = OBJECTS[1:]   # book, cup

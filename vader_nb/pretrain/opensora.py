@@ -11,13 +11,13 @@ import torch
 from fastcore.basics import patch
 from ..core import atomic_path, read_json, write_json
 from ..diffusion import flow_mix, flow_target
-from ..models.modelscope import load_net
 from ..models.opensora import SMALL, OpenSora, flow_ratio, open_opensora, open_text, open_vae
 from ..nets.stdit3 import STDiT3
 from ..rollout import sample
 from .loop import options, pretrain, write_card
 from .modelscope import exam, judge_exam
 from .opensora_vae import frame_latents
+from ..zoo import load_net
 
 # %% ../../nbs/zoo/09b_opensora.ipynb #1ae7d242
 def make_stdit3():

@@ -10,10 +10,10 @@ __all__ = ['TEMPORAL', 'TIMES', 'ABOUT', 'make_temporal', 'linear_start', 'frame
 from pathlib import Path
 import torch
 from ..core import atomic_path, generator, write_json
-from ..models.modelscope import load_net
 from ..nets.opensora_vae import PIECE, CausalConv3d, ResBlock3d, TemporalVAE
 from ..world import captions, draw, noisy_labels, scenes
 from .loop import options, pretrain, write_card
+from ..zoo import load_net
 
 # %% ../../nbs/zoo/09a_opensora_vae.ipynb #d5037145
 TEMPORAL = dict(in_out_channels=4, latent_embed_dim=8, embed_dim=8, filters=16, num_res_blocks=1, channel_multipliers=(1, 2, 2, 4), num_groups=4)

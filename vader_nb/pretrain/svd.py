@@ -17,13 +17,13 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVi
 from ..core import atomic_path, generator, read_json, write_json
 from ..diffusion import a_from_sigma, add_noise, v_target
 from ..evaluate import judge_clips
-from ..models.modelscope import load_net
 from ..models.svd import SIZES, clip_view, open_svd
 from ..rollout import sample
 from ..world import ACTIVITIES, captions, draw, scenes
 from .loop import options, pretrain, write_card
 from .modelscope import chunk
 from .vae import error, quick_start
+from ..zoo import load_net
 
 # %% ../../nbs/zoo/12_svd.ipynb #a329dc69
 def make_unet():

@@ -9,12 +9,12 @@ __all__ = ['ABOUT', 'make_lvdm', 'change_speed', 'lvdm_loss', 'publish', 'measur
 from pathlib import Path
 import torch
 from ..core import atomic_path, read_json, write_json
-from ..models.modelscope import load_net
 from ..models.videocrafter import SCHEDULE, add_scaled_noise, open_small, scale_table
 from ..nets.videocrafter import LVDM, from_unet3d
 from ..samplers import schedule
 from .loop import options, pretrain, write_card
 from .modelscope import HATS, Batches, quality
+from ..zoo import load_net
 
 # %% ../../nbs/zoo/11_videocrafter.ipynb #580db6f1
 def make_lvdm():

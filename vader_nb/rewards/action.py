@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from ..core import check, from_frames, pick_device, pick_dtype, to_frames
-from ..models.modelscope import load_net
 from ..reward import Reward, freeze
 from .aesthetic import center_crop
 from .objects import imagenet_normalise
-from ..zoo import model_path
+from ..zoo import load_net, model_path
 
 # %% ../../nbs/18_action.ipynb #e3e45bf1
 def resample(video, # (b, f, c, h, w)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'resize_shorter', 'center_crop', 'clip_normalise', 'clip_view', 'AestheticHead', 'load_head',
-           'read_weights', 'Aesthetic', 'load_aesthetic']
+           'Aesthetic', 'load_aesthetic']
 
 # %% ../../nbs/14_aesthetic.ipynb #f9ce052c
 from pathlib import Path
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import VaderError, check, pick_device, pick_dtype
-from ..models.modelscope import load_net
 from ..reward import Reward, frame_mean, freeze
-from ..zoo import model_path
+from ..zoo import load_net, model_path, read_weights
 
 # %% ../../nbs/14_aesthetic.ipynb #55fb57ca
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -69,13 +68,6 @@ def load_head(path # a file in the published layout (.pth or .safetensors), or t
     head = AestheticHead([weights[k].shape[1] for k in keys[::2]])
     head.load_state_dict(weights)
     return head
-
-def read_weights(path # a .safetensors or a torch file
-                 ):
-    "The tensors of a safetensors or torch file; never runs code from it. Raises `VaderError` for a missing or damaged one."
-    from safetensors.torch import load_file
-    try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise VaderError(f'{path} is no readable file of weights: {str(e).splitlines()[0]}') from e
 
 # %% ../../nbs/14_aesthetic.ipynb #5fd652a4
 class Aesthetic(Reward):

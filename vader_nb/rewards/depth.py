@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..core import check, pick_device, pick_dtype
-from ..models.modelscope import load_net
 from ..reward import Reward, frame_mean, freeze
 from .vjepa import imagenet_normalise
 from ..world import draw
-from ..zoo import model_path
+from ..zoo import load_net, model_path
 
 # %% ../../nbs/19d_depth.ipynb #1945932d
 def world_depth(s,          # n scenes

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ..core import check, from_frames, pick_device, pick_dtype, read_json, to_frames
-from ..models.modelscope import check_words, read_part
+from ..models.modelscope import check_words
 from ..reward import Reward, freeze
-from .aesthetic import clip_normalise, read_weights
-from ..zoo import model_path
+from .aesthetic import clip_normalise
+from ..zoo import check_names, model_path, read_part, read_weights, shapes
 
 # %% ../../nbs/15_hps.ipynb #62aaa30b
 def resize_longer(frames, # (n, 3, h, w)
@@ -111,13 +111,12 @@ def open_clip_ids(tokenizer, # open_clip's `SimpleTokenizer`
 
 def open_clip_net(config,             # open_clip's description of the network
                   weights,            # state dict with its keys
-                  dtype=torch.float32 # of the weights
+                  dtype=torch.float32, # of the weights
+                  where='the state dict' # where they came from, for the error
                   ):
     "The open_clip `CLIP` with these weights; raises `VaderError` if they are not all there and whole."
     from open_clip import CLIP
-    with torch.device('meta'): need = {k: v.shape for k, v in CLIP(**config).state_dict().items()}
-    wrong = [k for k in need.keys() | weights.keys() if k not in need or k not in weights or need[k] != weights[k].shape]
-    check(not wrong, f'these are not the weights of this CLIP: {len(wrong)} are missing, too many or of another shape, such as {sorted(wrong)[:1]}')
+    with torch.device('meta'): check_names(shapes(CLIP(**config).state_dict()), shapes(weights), where, 'CLIP')
     clip = CLIP(**config, cast_dtype=dtype).to(dtype)
     clip.load_state_dict(weights)
     return clip
@@ -149,4 +148,4 @@ def load_hps(scale='small', # 'small': shipped with this package; 'full': xswu/H
     device, folder = pick_device(device), model_path(VERSIONS[version], scale)
     half = scale == 'full' and device.type == 'cuda'
     config, weights, ids = _small(folder) if scale == 'small' else _full(folder/f'HPS_v{version}_compressed.pt')
-    return HPS(open_clip_net(config, weights, pick_dtype(dtype or ('fp16' if half else 'fp32'))), ids, view).to(device)
+    return HPS(open_clip_net(config, weights, pick_dtype(dtype or ('fp16' if half else 'fp32')), folder), ids, view).to(device)

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import check, pick_device, pick_dtype
-from ..models.modelscope import load_net, read_part
 from ..reward import Reward, frame_mean, freeze
-from ..zoo import model_path
+from ..zoo import load_net, model_path, read_part
 
 # %% ../../nbs/17_objects.ipynb #522fd0ad
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)

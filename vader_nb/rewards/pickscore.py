@@ -7,10 +7,9 @@ __all__ = ['PickScore', 'load_pickscore']
 
 # %% ../../nbs/16_pickscore.ipynb #847ef5bc
 from ..core import pick_device, pick_dtype
-from ..models.modelscope import load_net, read_part
 from .aesthetic import clip_view
 from .hps import TextMatch, token_ids
-from ..zoo import model_path
+from ..zoo import load_net, model_path, read_part
 
 # %% ../../nbs/16_pickscore.ipynb #25d976d1
 class PickScore(TextMatch):
