@@ -251,7 +251,7 @@ def heatmap(
     grad: torch.Tensor,    # d reward / d video, the same shape
     titles=None,           # one above each clip
 ) -> Image.Image:
-    "Each clip's frames, and below them the size of the gradient at each pixel."
+    "Each clip's frames, and below them the size of the gradient at each pixel: brightness is its square root, so that faint parts show."
     from matplotlib import colormaps
     check(video.shape == grad.shape, f"the gradient {tuple(grad.shape)} must have the shape of the video {tuple(video.shape)}")
     if video.ndim == 4: video, grad = video[None], grad[None]

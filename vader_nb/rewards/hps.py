@@ -144,6 +144,7 @@ def load_hps(scale='small', # 'small': shipped with this package; 'full': xswu/H
              view=pad_view  # as in `HPS`
              ):
     "The human preference score of that scale; raises `VaderError` where the weights cannot be had."
+    version = str(version)
     check(version in VERSIONS, f"unknown version {version!r} of HPS: use one of {', '.join(VERSIONS)}")
     device, folder = pick_device(device), model_path(VERSIONS[version], scale)
     half = scale == 'full' and device.type == 'cuda'

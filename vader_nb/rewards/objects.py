@@ -95,7 +95,7 @@ def smooth_max(p,      # (n, q)
 
 # %% ../../nbs/17_objects.ipynb #de5dc624
 class ObjectRemoval(Reward):
-    "One minus a detector's confidence that its target is there, mean over frames; 0 to 1."
+    "One minus a detector's confidence that its target is there, mean over frames; up to 1, and down to `tau * log(queries)` of `smooth_max` (0 if hard)."
     def __init__(self,
                  detector,     # a `Yolos` or `GroundingDino`
                  form='smooth' # 'smooth': `smooth_max` over all queries; 'hard': `hard_confidence`, as the authors do
