@@ -109,7 +109,7 @@ def test_stdit3_equals_the_reference():
     close(loss, g['loss_meansq_v'])
     close(torch.autograd.grad(loss, x)[0], g['grad_x'], 5e-4)
     with torch.no_grad():
-        close(net(x, g['timestep'], g['y'][:, 0], **sizes), g['out_nomask'])
+        close(net(x, g['timestep'], g['y'][:, 0], None, **sizes), g['out_nomask'])
         close(net(x, g['timestep'], g['y'][:, 0], g['mask'], x_mask=g['x_mask'], **sizes), g['out_xmask'])
     expected = {k: v for k, v in g.items() if k.startswith('act_') and k != 'act_pos_embed'}
     assert seen.keys() == expected.keys()

@@ -127,6 +127,13 @@ def test_the_schedule_equals_the_original():
     for ours, name in [(s.a, 'alphas'), (s.a_prev, 'alphas_prev'), (s.scale, 'scale_arr'), (s.scale_prev, 'scale_arr_prev')]:
         same(torch.tensor(ours[::-1]), REF[f'ddim_ddim_{name}'])
 
+def test_every_number_of_steps_samples_or_says_why_not():
+    bad = []
+    for steps in range(2, 501):
+        try: assert scaled_ddim(steps).timesteps.max() < 1000
+        except VaderError as e: bad.append(steps); assert 'use a number that divides 1000' in str(e)
+    assert bad == [3, 9, 27, 36, 37, *range(101, 112), *range(251, 334)]
+
 @pytest.mark.parametrize('eta', [0, 1])
 def test_a_sampling_run_equals_the_original(model, monkeypatch, eta):
     cond = model.encode(['a'], 5, 32, 32)

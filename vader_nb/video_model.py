@@ -68,7 +68,7 @@ def check_size(frames, height, width, scale):
 
 # %% ../nbs/06_video_model.ipynb #0537604b
 class VideoModel:
-    "What this library knows of a base model; a subclass brings `embed`, `denoise` and `to_pixels`."
+    "What this library knows of a base model; a subclass brings `embed`, `denoise` and `to_pixels` (or a `decode` of its own)."
     name = 'video model'
     lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0']  # endings of the names of the denoiser's layers that get LoRA
     latent_channels, vae_scale = 4, 8                    # channels of a latent; pixels per latent along height and width

@@ -14,13 +14,13 @@ from ..zoo import load_net, model_path, read_part
 
 # %% ../../nbs/07_modelscope.ipynb #315b7247
 def check_words(
-    tokenizer,   # a CLIPTokenizer
+    tokenizer,   # of transformers
     prompt: str,
 ):
     "Raise `VaderError` if `prompt` is too long for `tokenizer` or has a word that it does not know."
     n, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
-    check(n <= most, f'the prompt {prompt[:30]!r}... takes {n} tokens with its two end marks, this model reads {most}: shorten it')
-    unknown = [w for w in prompt.split() if tokenizer.unk_token_id in tokenizer(w).input_ids[1:-1]]
+    check(n <= most, f'the prompt {prompt[:30]!r}... takes {n} tokens with its end marks, this model reads {most}: shorten it')
+    unknown = [w for w in prompt.split() if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False).input_ids]
     check(not unknown, f'the model does not know the words {unknown} of {prompt!r}: use others')
 
 # %% ../../nbs/07_modelscope.ipynb #6e457f33

@@ -63,9 +63,10 @@ def scaled_ddim(
     eta=0.,      # share of fresh noise, 0 to 1
     abar=schedule(SCHEDULE), scale=scale_table(),
 ) -> ScaledDDIM:
-    "VideoCrafter2's sampler; it takes a step more than asked for where `steps` does not divide 1000. Raises `VaderError` for steps and eta out of range."
+    "VideoCrafter2's sampler; it takes more steps than asked for where `steps` does not divide 1000. Raises `VaderError` for steps and eta out of range."
     n = len(abar)
     check(isinstance(steps, int) and 2 <= steps <= n // 2, f'steps is {steps!r}, but VideoCrafter samples with a whole number from 2 to {n // 2}')
+    check((n - 1) % (n // steps), f'{steps} steps would begin beyond the {n} of the schedule: use a number that divides {n}')
     check(0 <= eta <= 1, f'eta is {eta}; it must lie between 0 and 1')
     t = torch.arange(0, n, n // steps).flip(0) + 1
     before, after = [table[t].tolist() for table in (abar, scale)], [[*table[t[1:]].tolist(), table[0].item()] for table in (abar, scale)]

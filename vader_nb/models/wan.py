@@ -278,7 +278,7 @@ def load_wan(
     dtype=None,       # as in `pick_dtype`; by default bfloat16 on a GPU, float32 otherwise; the VAE is always float32
     embeddings=None,  # a file of `drop_text_encoder`: the text encoder is not even loaded
 ) -> Wan:
-    "The published Wan 2.1 of 1.3 billion weights; raises `VaderError` where it cannot be had."
+    "The published Wan 2.1 called 1.3B; raises `VaderError` where it cannot be had."
     device, folder = pick_device(device), model_path('wan', scale)
     dtype = pick_dtype(dtype or ('fp32' if device.type == 'cpu' else 'bf16'))
     model = open_wan(folder, None if embeddings else model_path('wan_text', scale), device, dtype)

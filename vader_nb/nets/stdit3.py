@@ -195,10 +195,10 @@ class STDiT3(nn.Module):
         x,            # noisy latents (b, c, f, h, w)
         timestep,     # (b,) from 0, data, to 1000, noise
         y,            # word vectors (b, words, caption_channels)
-        mask=None,    # (b, words) true for the words of the caption; all of them by default
-        fps=None,     # (b,) frames per second
-        height=None,  # (b,) pixels
-        width=None,   # (b,) pixels
+        mask,         # (b, words) true for the words of the caption; None: all of them
+        fps,          # (b,) frames per second
+        height,       # (b,) pixels
+        width,        # (b,) pixels
         x_mask=None,  # (b, f) booleans: true for the frames to denoise; the others are given
     ):                # (b, 2c, f, h, w)
         "Velocity towards the data, in the first half of the channels."
