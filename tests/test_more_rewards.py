@@ -146,6 +146,6 @@ def test_small_knows_the_worlds_depths():
     truth = depth[:, 0, 0]
     with torch.no_grad():
         seen = correlation(load_depth('small', device='cpu').depth(video[:, 0]), truth)
-        right = load_depth('small', near(.7), 'cpu')(video) > load_depth('small', near(.3), 'cpu')(video)
+        right = load_depth('small', 'cpu', wish=near(.7))(video) > load_depth('small', 'cpu', wish=near(.3))(video)
     assert seen.mean() > correlation(truth.mean(0).expand_as(truth), truth).mean() + .05
     assert (right == (correlation(truth, near(.7).expand_as(truth)) > correlation(truth, near(.3).expand_as(truth)))).float().mean() > .8

@@ -46,7 +46,7 @@ def correlation(a, b # (n, h, w)
 
 # %% ../../nbs/19d_depth.ipynb #2c1bac79
 def near(x=.5, y=.55, # where, in frame widths and heights
-         radius=.25,  # in frame heights
+         radius=.25,  # in frame heights, for a square frame: a wish is stretched to the frame's shape
          size=64):
     "A wish: something near at (x, y), the rest far. (size, size), in [0, 1]."
     at = (torch.arange(size) + .5) / size
@@ -85,9 +85,9 @@ def _agreement(self: Depth, frames):
 
 # %% ../../nbs/19d_depth.ipynb #ea842f47
 def load_depth(scale='small', # 'small': shipped with this package; 'full': depth-anything/Depth-Anything-V2-Small-hf
-               wish=None,     # as for `Depth`
                device=None,   # as in `pick_device`
-               dtype=None     # as in `pick_dtype`; by default half precision for the full one on a GPU
+               dtype=None,    # as in `pick_dtype`; by default half precision for the full one on a GPU
+               wish=None      # as for `Depth`
                ):
     "The depth reward of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import DepthAnythingForDepthEstimation
