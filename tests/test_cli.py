@@ -31,12 +31,12 @@ def test_list(capsys):
 
 def test_run_resume_eval_sample(capsys, tmp_path):
     run = tmp_path/'run'
-    code, out, _ = said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu')
-    assert code == 0 and str(run/'report.md') in out
+    code, out, _ = said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu', '--tricks', 'layers')
+    assert code == 0 and str(run/'report.md') in out and json.loads((run/'config.json').read_text())['tricks'] == 'layers'
     before = (run/'lora/adapter_model.safetensors').read_bytes()
     code, _, err = said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu')
     assert code == 2 and '--resume' in err
-    assert said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu', '--resume')[0] == 0
+    assert said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu', '--tricks', 'layers', '--resume')[0] == 0
     assert (run/'lora/adapter_model.safetensors').read_bytes() == before
     code, out, _ = said(capsys, 'eval', run, '--device', 'cpu')
     after = [json.loads(l) for l in (run/'eval.jsonl').read_text().splitlines()]
@@ -52,7 +52,7 @@ def test_sample_with_each_base_and_its_own_sampler(capsys, tmp_path, base):
 @pytest.mark.parametrize('args, words', [
     (['run', 'modelscope-beauty'], 'unknown experiment'), (['run', 'tiny', '--scale', 'huge'], 'unknown scale'), (['run', 'tiny', '--device', 'tpu'], 'unknown device'),
     (['run', 'tiny', '--steps', '-3'], 'steps is -3'), (['run', 'tiny', '--steps', 'many'], "invalid int value: 'many'"), (['run', 'tiny', '--precision', 'fp16', '--device', 'cpu'], 'fp16 needs a GPU'),
-    (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['sample', '--base', 'imagen', 'x'], 'unknown base'), (['sample', ''], 'empty'), (['sample', 'a panda ' * 9], 'shorten it'),
+    (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['run', 'tiny', '--tricks', 'magic'], "unknown trick 'magic'"), (['sample', '--base', 'imagen', 'x'], 'unknown base'), (['sample', ''], 'empty'), (['sample', 'a panda ' * 9], 'shorten it'),
     (['sample', 'a panda', '--steps', '0'], 'steps is 0'), (['sample', 'a panda', '--lora', 'nowhere'], 'nowhere holds no'), (['eval', 'nowhere'], 'nowhere'),
     ([], 'required'), (['dance'], 'invalid choice')])
 def test_one_clear_line(capsys, tmp_path, monkeypatch, args, words):

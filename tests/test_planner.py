@@ -95,9 +95,10 @@ def test_a_decoder_of_neighbours_is_not_sliced():
 
 def test_arithmetic_of_a_real_step():
     assert arithmetic(Reading(0, {}, dict(denoiser=7., reward=1.), dict(denoiser=2.), 0), 2, 25) == 8 + 23 * 2
+    assert arithmetic(Reading(0, {}, dict(denoiser=21., reward=1.), dict(denoiser=2.), 0), 2, 25, rounds=3) == 22 + 3 * 23 * 2
 
 @pytest.mark.parametrize('args, words', [(['--base', 'imagen'], 'unknown base'), (['--reward', 'fame'], 'unknown reward'), (['--size', 'large'], 'height x width'), (['--k', '0'], 'K is 0'),
-                                         (['--budget', '-1'], 'budget is -1'), (['--base', 'tiny', '--reward', 'contrast', '--size', '60x60'], 'multiples of'), (['--frames', '-2'], 'frames is -2')])
+                                         (['--budget', '-1'], 'budget is -1'), (['--base', 'tiny', '--reward', 'contrast', '--size', '60x60'], 'multiples of'), (['--frames', '-2'], 'frames is -2'), (['--frames', '0'], 'frames is 0'), (['--rounds', '0'], 'rounds is 0')])
 def test_one_clear_line(capsys, args, words):
     assert main(['memory', *args]) == 2
     err = capsys.readouterr().err

@@ -24,12 +24,12 @@ def list_experiments(
 
 # %% ../nbs/26_cli.ipynb #52b916b1
 def run_experiment(
-    args,  # with `experiment`, `scale`, `steps`, `seed`, `precision`, `out`, `resume`, `device`, `wandb`
+    args,  # with `experiment`, `scale`, `steps`, `seed`, `precision`, `tricks`, `out`, `resume`, `device`, `wandb`
 ):
     "Run an experiment and say where its report is."
     from accelerate import PartialState
     from vader_nb.experiments import experiment_config, run
-    asked = {k: v for k in ('steps', 'seed', 'precision') if (v := getattr(args, k)) is not None}
+    asked = {k: v for k in ('steps', 'seed', 'precision', 'tricks') if (v := getattr(args, k)) is not None}
     config = experiment_config(args.experiment, args.scale, **asked)
     folder = Path(args.out or f'runs/{args.experiment}-{args.scale}-{config.seed}')
     for record in run(config, folder, args.device, resume=args.resume, wandb=args.wandb, progress=True): pass
@@ -62,7 +62,7 @@ def sample_prompts(
     model = open_base(args)
     model.encode(args.prompt)  # complain about any of them before making the first
     for prompt in args.prompt:
-        path = Path(args.out)/(re.sub(r'\W+', '-', prompt.strip())[:60] + f'-{args.seed}')
+        path = Path(args.out)/(re.sub(r'\W+', '-', prompt.strip())[:200] + f'-{args.seed}')
         video = sample(model, [prompt], args.steps, args.guidance, args.seed)
         save_gif(video, f'{path}.gif'), save_mp4(video, f'{path}.mp4')
         print(f'{path}.gif')
@@ -122,6 +122,7 @@ def run_words(add):
     add('--steps', type=int, metavar='N', help='optimizer steps')
     add('--seed', type=int, metavar='S', help='decides all chance; default: 0')
     add('--precision', metavar='P', help='fp32, fp16 or bf16')
+    add('--tricks', metavar='WORDS', help="what saves memory, as vader memory names it, in quotes")
     add('--device', metavar='D', help='cpu, cuda or mps; default: a GPU if there is one')
     add('--out', metavar='DIR', help='the run folder; default: runs/EXPERIMENT-SCALE-SEED')
     add('--resume', action='store_true', help='go on with the run in that folder, if there is one')

@@ -140,7 +140,7 @@ def label_prompts(
 def creative_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
-    "Dressed animals and animals with instruments; at small scale those with a hat."
+    "Dressed animals and animals with instruments; at small scale animals with a hat and without."
     if scale == 'small': return hat_prompts(scale)
     odd = [f'{a_or_an(a)} {doing}' for a in COMMON_ANIMALS for doing in ('wearing a red hat and reading a book', 'playing the violin on a stage', 'in a raincoat beside a cup of tea')]
     return odd[:99], odd[99:]
@@ -185,7 +185,7 @@ def load_hps_aesthetic(
     scale='small',  # 'small' or 'full'
     device=None,    # as in `pick_device`
 ):
-    "HPSv2.1 and a tenth of the aesthetic score, the weights that the two have in the authors' losses."
+    "HPSv2.1 and a tenth of the aesthetic score, as in the authors' two losses (where they combine them, it is 0.15)."
     return load_hps(scale, device, version='2.1') + .1 * load_aesthetic(scale, device)
 
 # %% ../nbs/25_experiments.ipynb #846fb54f

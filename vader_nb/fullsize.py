@@ -133,7 +133,7 @@ class Base:
     size: tuple              # frames, height, width of a training clip
     precision: str = 'fp16'
     guidance: float = 9.
-    slices: bool = True      # can its decoder draw one frame at a time?
+    slices: bool = True      # is the trick `slices` for it? SVD's and Wan's adapters do the like by themselves
 
 BASES = dict(modelscope=Base(modelscope, (16, 256, 256)), videocrafter=Base(videocrafter, (12, 320, 512), guidance=12.),
              opensora=Base(opensora, (51, 240, 426), 'bf16', 7.), svd=Base(svd, (14, 320, 576), slices=False),
@@ -147,7 +147,7 @@ def find(table, what, name):
 
 # %% ../nbs/25a_fullsize.ipynb #7ca811dc
 def video_of(model, config, rounds):
-    "The decoded frames of a clip, or of several clips that go on from each other."
+    "The decoded frames of a clip, or of several rounds side by side: no gradient passes from one to the next."
     g, cond, c = generator(0), model.encode([PROMPT], config.frames, config.height, config.width), config
     noise = lambda: model.noise(1, c.frames, c.height, c.width, g)
     latents = [differentiable_latents(model, cond, noise(), model.sampler(c.T), c.guidance, c.K, 'last', g) for _ in range(rounds)]

@@ -21,10 +21,11 @@ from .train import Config
 
 # %% ../nbs/25b_planner.ipynb #81d6f036
 def config_for(base, reward, frames=None, height=None, width=None, K=1, **more):
-    "The settings of a step: the base's own size unless another is asked for; one decoded frame, or all for a reward that wants the clip."
+    "The settings of a step: the base's own size unless another is asked for; one decoded frame, or for V-JEPA all, of which it needs 16."
     b = find(BASES, 'base', base)
-    f, h, w = [asked or own for asked, own in zip((frames, height, width), b.size)]
-    check(K > 0, f'K is {K}, but must be at least 1')
+    own = (max(b.size[0], 16) if reward == 'vjepa' else b.size[0], *b.size[1:])
+    f, h, w = [mine if asked is None else asked for asked, mine in zip((frames, height, width), own)]
+    for k, v in dict(K=K, frames=f, height=h, width=w).items(): check(v > 0, f'{k} is {v}, but must be at least 1')
     return Config(**dict(frames=f, height=h, width=w, K=K, T=max(K, 2), where='last', decode=f if reward == 'vjepa' else 1,
                          rank=16, alpha=16., guidance=b.guidance, precision=b.precision) | more)
 
@@ -71,6 +72,7 @@ def plan(base, reward, config, # as `simulate`
          rounds=1):            # -> `Plan`
     "Find the cheapest of `SETS` that fits, by halving: each set needs no more than the one before."
     check(budget > 0, f'budget is {budget}, but a card has more than 0 GB')
+    check(rounds > 0, f'rounds is {rounds}, but must be at least 1')
     find(REWARDS, 'reward', reward)
     sets = sets_for(base)
     low, high = 0, len(sets) - 1
@@ -81,14 +83,15 @@ def plan(base, reward, config, # as `simulate`
     return look(low)
 
 # %% ../nbs/25b_planner.ipynb #701477b5
-NAMES = dict(weights='frozen weights', learning='LoRA and optimizer', denoiser='activations, denoiser', decoder='activations, decoder', reward='activations, reward', other='else')
+NAMES = dict(weights='frozen weights', learning='trained weights, optimizer', denoiser='activations, denoiser', decoder='activations, decoder', reward='activations, reward', other='else')
 
 def arithmetic(reading,
                simulated,  # sampling steps in it
-               asked=25    # sampling steps of a real training step
+               asked=25,   # sampling steps of a real training step
+               rounds=1
                ):
     "Floating point operations of a training step."
-    return sum(reading.flops.values()) + (asked - simulated) * reading.once['denoiser']
+    return sum(reading.flops.values()) + (asked - simulated) * rounds * reading.once['denoiser']
 
 def describe(base, reward, config, plan, rounds=1):
     "A plan in words and numbers."
@@ -98,7 +101,7 @@ def describe(base, reward, config, plan, rounds=1):
              f'tricks: {plan.words or "none"}',
              f'peak {r.peak/gb:.1f} GB; with 15% and 1.5 GB of margin {plan.needs:.1f} GB: {"fits" if plan.fits else "does not fit"} in {plan.budget:g} GB']
     lines += [f'  {NAMES.get(k, k):24}{v/gb:6.2f} GB' for k, v in sorted(r.parts.items(), key=lambda kv: -kv[1]) if v > 2**20]
-    lines += [f'{arithmetic(r, c.T)/1e12:.0f} TFLOP for a step with 25 sampling steps; {r.moved/gb:.1f} GB moved to the host and back']
+    lines += [f'{arithmetic(r, c.T, rounds=rounds)/1e12:.0f} TFLOP for a step with 25 sampling steps; {r.moved/gb:.1f} GB moved to the host and back']
     if not plan.fits: lines += ['what would help: fewer frames, a smaller size, a reward of single frames, or a larger card']
     return '\n'.join(lines)
 
@@ -137,7 +140,7 @@ def record_ladder(folder # receives ladder.json
 
 # %% ../nbs/25b_planner.ipynb #49e5d5a6
 def panel():
-    "A widget that plans; where widgets cannot run, the plan of a first question as text."
+    "A widget that plans."
     import ipywidgets as W
     base, reward = W.Dropdown(options=list(BASES), description='base'), W.Dropdown(options=list(REWARDS), value='hps', description='reward')
     budget, K = W.Dropdown(options=[8, 12, 16, 24, 48, 80], value=16, description='card, GB'), W.IntSlider(1, 1, 10, description='K')

@@ -240,7 +240,7 @@ They move in [before.gif](samples/before.gif) and [after.gif](samples/after.gif)
 
 ## Use it
 
-In a plain diffusers pipeline of the same base model:
+With this library: `load_lora(model, "lora")`, or `vader sample --lora`. In a plain diffusers pipeline, where there is one of the same base model:
 
 ```python
 from peft import PeftModel

@@ -227,7 +227,7 @@ def _publish(state, step, vae, a):
     "Write averaged weights as a checkpoint with its card and its processor's settings."
     from transformers import YolosImageProcessor
     net = make_yolos(); net.load_state_dict({k.removeprefix('net.'): v for k, v in state.items() if k.startswith('net.')}); net.eval()
-    facts = dict(data=f'{a.frames} frames of all grades, 1 in 3 decoded by the VAE, 1 in 4 spoiled', steps=f'{step} of {a.steps}, batch 16', seed=8, start='image tower of the small CLIP',
+    facts = dict(data=f'{a.frames // 96 * 96} frames of all grades, 1 in 3 decoded by the VAE, 1 in 4 spoiled', steps=f'{step} of {a.steps}, batch 16', seed=8, start='image tower of the small CLIP',
                  command='python -m vader_nb.pretrain.objects')
     with atomic_path(a.to) as d:
         net.half().save_pretrained(d)
