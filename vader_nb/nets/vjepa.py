@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MASKS', 'PARTS', 'VJepaConfig', 'position_table', 'stretch', 'block_size', 'block_mask', 'draw_masks',
-           'future_mask', 'Attention', 'Perceptron', 'Block', 'take', 'Encoder', 'Predictor', 'VJepa', 'masked_error',
-           'published_state', 'fill', 'load_vjepa_net', 'save_vjepa_net']
+           'half_masks', 'Attention', 'Perceptron', 'Block', 'take', 'Encoder', 'Predictor', 'VJepa', 'masked_error',
+           'published_state', 'load_vjepa_net', 'save_vjepa_net']
 
 # %% ../../nbs/19a_vjepa_net.ipynb #840568ad
 import math
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import VaderError, check, read_json, write_json
+from ..zoo import fill, read_weights
 
 # %% ../../nbs/19a_vjepa_net.ipynb #3b069e88
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def block_size(grid,     # tokens along time, height, width
     area, (h, w) = int(grid[1] * grid[2] * share), grid[1:]
     return min(round((area * aspect) ** .5), h), min(round((area / aspect) ** .5), w)
 
+# %% ../../nbs/19a_vjepa_net.ipynb #19a0a5c2
 def block_mask(grid, # tokens along time, height, width
                size, # height and width of a block
                blocks, generator,
@@ -98,11 +100,12 @@ def draw_masks(grid, generator, context=1.):
     return [block_mask(grid, block_size(grid, share, generator), blocks, generator, context) for share, blocks in MASKS]
 
 # %% ../../nbs/19a_vjepa_net.ipynb #037d1ae8
-def future_mask(grid # tokens along time, height, width
-                ):
-    "The first half of a clip visible, the second hidden: the numbers of the tokens of each."
-    check(grid[0] > 1, 'a clip of one token along time has no second half')
-    return torch.arange(math.prod(grid)).tensor_split((grid[0] // 2 * grid[1] * grid[2],))
+def half_masks(grid # tokens along time, height, width
+               ):
+    "The second half of a clip hidden, then the first: a list of (visible, hidden)."
+    check(grid[0] > 1, 'a clip of one token along time has no halves')
+    first, second = torch.arange(math.prod(grid)).tensor_split((grid[0] // 2 * grid[1] * grid[2],))
+    return [(first, second), (second, first)]
 
 # %% ../../nbs/19a_vjepa_net.ipynb #8d0aaed1
 class Attention(nn.Module):
@@ -216,22 +219,15 @@ def published_state(path # `vitl16.pth.tar`
     check(isinstance(file, dict) and set(PARTS) <= set(file), f"{path} is no V-JEPA file: it must hold {', '.join(PARTS)}")
     return {f"{part}.{k.removeprefix('module.backbone.')}": v for part in PARTS for k, v in file[part].items()}
 
-def fill(config, state, path):
-    "A `VJepa` of these sizes with these weights, which must fit exactly, in float32."
-    with torch.device('meta'): net = VJepa(config)
-    mine = {k: v.shape for k, v in net.state_dict().items()}
-    wrong = sorted(k for k in mine.keys() | state.keys() if k not in mine or k not in state or state[k].shape != mine[k])
-    check(not wrong, f'{path} does not fit this V-JEPA: {len(wrong)} weights are missing, unknown or of another shape, the first is {next(iter(wrong), None)}')
-    net.load_state_dict(state, assign=True)
-    return net.float()
-
+# %% ../../nbs/19a_vjepa_net.ipynb #19a0a5c3
 def load_vjepa_net(path # folder of a small one, or a published `.pth.tar` file of the ViT-L/16
                    ):
     "A `VJepa` with the weights found there, in float32."
-    from safetensors.torch import load_file
     path = Path(path)
-    if path.is_dir(): return fill(VJepaConfig(**read_json(path / 'config.json')), load_file(path / 'model.safetensors'), path)
-    return fill(VJepaConfig(), published_state(path), path)
+    small = path.is_dir()
+    config = VJepaConfig(**read_json(path / 'config.json')) if small else VJepaConfig()
+    with torch.device('meta'): net = VJepa(config)
+    return fill(net, read_weights(path / 'model.safetensors') if small else published_state(path), path).float()
 
 def save_vjepa_net(net, folder,        # made if missing
                    dtype=torch.float16 # of the weights in the file

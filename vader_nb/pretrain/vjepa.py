@@ -10,7 +10,7 @@ __all__ = ['ABOUT', 'pan', 'pool', 'batch', 'looks', 'Painter', 'paint_loss', 'q
 import torch
 import torch.nn.functional as F
 from ..core import atomic_path, generator
-from ..nets.vjepa import MASKS, SMALL, Encoder, Predictor, VJepa, block_mask, block_size, draw_masks, future_mask, load_vjepa_net, save_vjepa_net, take
+from ..nets.vjepa import MASKS, SMALL, Encoder, Predictor, VJepa, block_mask, block_size, draw_masks, half_masks, load_vjepa_net, save_vjepa_net, take
 from .loop import options, pretrain, write_card
 from ..reward import freeze
 from ..rewards.vjepa import DISTURBANCES, VJepaReward, disturbed, vjepa_view
@@ -37,10 +37,10 @@ def pool(n,        # clips
          seed=0,
          piece=50  # drawn at once
          ):
-    "Clips of all grades, from anywhere in their course, one in four panned, half of them mirrored: (n, 8, 3, 64, 64) as bytes."
+    "Clips of all grades, half of them from their beginning, half mirrored, one in four panned: (n, 8, 3, 64, 64) as bytes."
     g, clips = generator(seed), torch.empty(n, 8, 3, 64, 64, dtype=torch.uint8)
     for k, i in enumerate(range(0, n, piece)):
-        x = draw(scenes(min(piece, n - i), g, ['dull', 'any', 'vivid'][k % 3]), torch.arange(8) + 16 * torch.rand(1, generator=g))
+        x = draw(scenes(min(piece, n - i), g, ['dull', 'any', 'vivid'][k % 3]), torch.arange(8) + (k // 3 % 2) * 16 * torch.rand(1, generator=g))
         if k % 4 == 3: x = pan(x, g)
         x[::2] = x[::2].flip(-1)
         clips[i:i + piece] = (x * 255).round().byte()
@@ -81,9 +81,9 @@ def paint_loss(painter, x, g # a `Painter`, clips as from `batch`, `torch.Genera
 # %% ../../nbs/zoo/10_vjepa.ipynb #a9024c4e
 def question(grid, g # tokens along time, height and width; `torch.Generator`
              ):
-    "What to ask next, the second half of the clips or what a mask hides: (visible, hidden, which of `MASKS`)."
+    "What to ask next, for one half of the clips or for what a mask hides: (visible, hidden, which of `MASKS`)."
     kind = torch.randint(len(MASKS), (1,), generator=g).item()
-    if torch.rand(1, generator=g) < .7: return *future_mask(grid), 0
+    if torch.rand(1, generator=g) < .8: return *half_masks(grid)[kind], kind
     share, blocks = MASKS[kind]
     return *block_mask(grid, block_size(grid, share, g), blocks, g), kind
 
@@ -92,9 +92,9 @@ def question(grid, g # tokens along time, height and width; `torch.Generator`
 def known(net, clips, # `VJepa`, bytes as from `pool`
           n=16        # at once
           ):
-    "What the encoders say of all clips, float16: of the first half alone (clips, tokens / 2, dim), and the targets (clips, tokens, dim)."
-    first = future_mask(net.config.grid)[0]
-    return [torch.cat([f(batch(c)).half() for c in clips.split(n)]) for f in (lambda x: net.encoder(x, first), net.targets)]
+    "What the encoders say of all clips, float16: of each half by itself, and the targets, both (clips, tokens, dim)."
+    halves = lambda x: torch.cat([net.encoder(x, visible) for visible, _ in half_masks(net.config.grid)], 1)
+    return [torch.cat([f(batch(c)).half() for c in clips.split(n)]) for f in (halves, net.targets)]
 
 # %% ../../nbs/zoo/10_vjepa.ipynb #ea6291ac
 def predict_loss(net, clips, seen, target, # `VJepa`, bytes, both results of `known`
@@ -103,8 +103,8 @@ def predict_loss(net, clips, seen, target, # `VJepa`, bytes, both results of `kn
     "V-JEPA's error for one question, and beside it that of the best guess which ignores the clips."
     which = torch.randint(len(clips), (16,), generator=g)
     visible, hidden, kind = question(net.config.grid, g)
-    ahead = visible.equal(future_mask(net.config.grid)[0])
-    context = seen[which].float() if ahead else net.encoder(batch(clips[which]), visible)
+    half = visible.equal(half_masks(net.config.grid)[kind][0])
+    context = take(seen[which], visible).float() if half else net.encoder(batch(clips[which]), visible)
     truth = take(target[which], hidden).float()
     return (net.predictor(context, visible, hidden, kind) - truth).abs().mean(), dict(visible=len(visible), constant=(truth - truth.median(0).values).abs().mean())
 
@@ -123,13 +123,13 @@ ABOUT = ('Encoder and predictor of V-JEPA (patch 8, tubelet 2), trained on clips
 
 def _publish(net, step, a):
     "Write the network as a checkpoint with its card."
-    n = 100 if step == a.steps else 20
-    facts = dict(data=f'{a.clips} clips of 8 frames, all grades, one in four panned, half of them mirrored', steps=f'{a.painting} (encoder), then {step} of {a.steps} (predictor), batch 16', seed=0,
+    n = 300 if step == a.steps else 40
+    facts = dict(data=f'{a.clips} clips of 8 frames, all grades, half of them from their beginning, half mirrored, one in four panned', steps=f'{a.painting} (encoder), then {step} of {a.steps} (predictor), batch 16', seed=0,
                  command='python -m vader_nb.pretrain.vjepa')
-    masks, future = ranking(VJepaReward(net), n), ranking(VJepaReward(net, future=True), n)
+    masks, halves = ranking(VJepaReward(net), n), ranking(VJepaReward(net, halves=True), n)
     with atomic_path(a.to) as d:
         save_vjepa_net(net, d)
-        write_card(d, 'Small V-JEPA', ABOUT, facts, {f'a clip scores above its {k} version, of {n}': f'masks {masks[k]:.0%}, future {future[k]:.0%}' for k in DISTURBANCES})
+        write_card(d, 'Small V-JEPA', ABOUT, facts, {f'a clip scores above its {k} version, of {n}': f'masks {masks[k]:.0%}, halves {halves[k]:.0%}' for k in DISTURBANCES})
 
 def _filled(state):
     "A `VJepa` with these weights."
@@ -139,7 +139,7 @@ def _filled(state):
 # %% ../../nbs/zoo/10_vjepa.ipynb #139e19aa
 def main(argv=None):
     "Train V-JEPA: the encoder, then the predictor."
-    a = options(argv, main.__doc__, painting=1_800, steps=9_000, clips=10_000, out='runs/zoo/vjepa', to='vader_nb/checkpoints/vjepa')
+    a = options(argv, main.__doc__, painting=1_800, steps=20_000, clips=10_000, out='runs/zoo/vjepa', to='vader_nb/checkpoints/vjepa')
     torch.manual_seed(0); painter, clips = Painter(SMALL), pool(a.clips)
     some = lambda g: batch(clips[torch.randint(len(clips), (16,), generator=g)])
     weights = pretrain(painter, lambda g, step: paint_loss(painter, some(g), g), a.painting, f'{a.out}/encoder', lr=2e-3, weight_decay=.04)
@@ -147,6 +147,6 @@ def main(argv=None):
     net, learnt = VJepa(SMALL), {k.removeprefix('encoder.'): v for k, v in weights.items() if k.startswith('encoder.')}
     for encoder in (net.encoder, net.target_encoder): encoder.load_state_dict(learnt); freeze(encoder)
     seen, target = known(net, clips)
-    pretrain(net, lambda g, step: predict_loss(net, clips, seen, target, g), a.steps, a.out, lr=2e-3, weight_decay=.04, save_every=240, milestone=lambda w, step: _publish(_filled(w), step, a))
+    pretrain(net, lambda g, step: predict_loss(net, clips, seen, target, g), a.steps, a.out, lr=4e-3, weight_decay=.04, save_every=240, milestone=lambda w, step: _publish(_filled(w), step, a))
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook

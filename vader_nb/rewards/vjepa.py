@@ -15,12 +15,11 @@ from torch import nn
 import torch.nn.functional as F
 
 from ..core import VaderError, check, generator as seeded, pick_device, pick_dtype, to_frames
-from ..models.modelscope import load_net
-from ..nets.vjepa import VJepaConfig, draw_masks, future_mask, load_vjepa_net, masked_error, take
+from ..nets.vjepa import VJepaConfig, draw_masks, half_masks, load_vjepa_net, masked_error, take
 from ..reward import Reward, freeze
 from .aesthetic import center_crop, resize_shorter
 from ..world import ANIMALS, draw, spoil
-from ..zoo import model_path
+from ..zoo import load_net, model_path
 
 # %% ../../nbs/19b_vjepa.ipynb #1130a70a
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -55,19 +54,20 @@ class VJepaReward(Reward):
                  draws=2,             # pairs of masks (short-range, long-range) to average over
                  through_target=True, # does the gradient also flow through the target encoder? In V-JEPA's training it does not
                  context=1.,          # share of the clip, from its first frame on, in which tokens may be visible
-                 future=False         # no masks: guess the second half from the first (`draws` and `context` then count for nothing)
+                 halves=False         # no masks: guess each half of the clip from the other (`draws` and `context` then count for nothing)
                  ):
         super().__init__()
         check(draws > 0, f'draws must be at least 1, not {draws}')
         check(0 < context <= 1, f'context must be a share of the clip above 0 and at most 1, not {context}')
-        self.net, self.draws, self.through_target, self.context, self.future = freeze(net), draws, through_target, context, future
+        self.net, self.draws, self.through_target, self.context, self.halves = freeze(net), draws, through_target, context, halves
         self.min_frames = net.config.frames
 
     def masks(self, generator=None, device=None):
         "The masks of one call: (visible, hidden) of each kind in turn. Without a generator always the same, so that scores compare."
         g = seeded(0) if generator is None else generator
-        if self.future: return [[i.to(device) for i in future_mask(self.net.config.grid)]]
-        return [(v.to(device), h.to(device)) for _ in range(self.draws) for v, h in draw_masks(self.net.config.grid, g, self.context)]
+        grid = self.net.config.grid
+        masks = half_masks(grid) if self.halves else [m for _ in range(self.draws) for m in draw_masks(grid, g, self.context)]
+        return [(v.to(device), h.to(device)) for v, h in masks]
 
     def score(self, video, prompts, generator):
         pieces = windows(video, self.net.config.frames)
