@@ -100,7 +100,7 @@ def describe(base, reward, config, plan, rounds=1):
     lines = [f'{base} with {reward}: {size}, K = {c.K}, {c.precision}, LoRA of rank {c.rank}, {c.decode} decoded frame{"s" * (c.decode > 1)}',
              f'tricks: {plan.words or "none"}',
              f'peak {r.peak/gb:.1f} GB; with 15% and 1.5 GB of margin {plan.needs:.1f} GB: {"fits" if plan.fits else "does not fit"} in {plan.budget:g} GB']
-    lines += [f'  {NAMES.get(k, k):24}{v/gb:6.2f} GB' for k, v in sorted(r.parts.items(), key=lambda kv: -kv[1]) if v > 2**20]
+    lines += [f'  {NAMES.get(k, k):28}{v/gb:6.2f} GB' for k, v in sorted(r.parts.items(), key=lambda kv: -kv[1]) if v > 2**20]
     lines += [f'{arithmetic(r, c.T, rounds=rounds)/1e12:.0f} TFLOP for a step with 25 sampling steps; {r.moved/gb:.1f} GB moved to the host and back']
     if not plan.fits: lines += ['what would help: fewer frames, a smaller size, a reward of single frames, or a larger card']
     return '\n'.join(lines)
