@@ -1,7 +1,7 @@
 import errno, os
 
 import pytest, torch
-from vader_nb.core import (VaderError, atomic_path, check, from_frames, generator, pick_device, pick_dtype, randn, read_json, swap_cf,
+from vader_nb.core import (VaderError, atomic_path, check, from_frames, generator, pick_device, pick_dtype, randn, read_json, reason, swap_cf,
                            to_frames, write_json)
 
 
@@ -98,3 +98,6 @@ def test_json_round_trip_and_damage(tmp_path):
         with pytest.raises(VaderError, match=f): read_json(tmp_path/f)
     with pytest.raises(TypeError): write_json(tmp_path/'b.json', object())
     assert names(tmp_path) == ['a.json']
+
+def test_a_reason_is_one_line_and_never_empty():
+    assert reason(OSError(' first\nsecond')) == 'first' and reason(EOFError()) == 'EOFError'

@@ -234,15 +234,16 @@ def test_bad_files(net, tmp_path):
         def __reduce__(self): return (print, ('code from a checkpoint',))
     (tmp_path/'cut').write_bytes(b'no weights')
     torch.save(Evil(), tmp_path/'evil')
+    (tmp_path/'empty').write_bytes(b'')
     torch.save(dict(encoder={}), tmp_path/'other')
-    torch.save({part: {} for part in nets.PARTS}, tmp_path/'empty')
-    for name, words in [('cut', 'no readable'), ('evil', 'no readable'), ('gone', 'no readable'), ('other', 'must hold encoder')]:
+    for name, words in [('cut', 'no readable'), ('empty', 'no readable'), ('evil', 'no readable'), ('gone', 'no readable'), ('other', 'must hold encoder')]:
         with pytest.raises(VaderError, match=words) as e: load_vjepa_net(tmp_path/name)
         assert '\n' not in str(e.value)
     save_vjepa_net(net, tmp_path/'half')
     file = tmp_path/'half'/'model.safetensors'
     save_file({k: v for k, v in load_file(file).items() if k != 'encoder.norm.bias'}, file)
     with pytest.raises(VaderError, match=r'1 missing \(encoder.norm.bias\)'): load_vjepa_net(tmp_path/'half')
+    with pytest.raises(VaderError, match='path= is for version 1'): load_vjepa('full', 'cpu', version=2, path=tmp_path/'half')
 
 # V-JEPA 2
 

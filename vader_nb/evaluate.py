@@ -8,7 +8,7 @@ __all__ = ['QUESTIONS', 'Judge', 'load_judge', 'judge_clips', 'judge_means', 'me
 # %% ../nbs/24_evaluate.ipynb #221cf9ac
 from functools import lru_cache
 import torch, torch.nn as nn, torch.nn.functional as F
-from .core import VaderError, check, to_frames
+from .core import VaderError, check, reason, to_frames
 from .world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, parse, rate
 from .zoo import model_path
 
@@ -60,7 +60,7 @@ def load_judge():
     from safetensors.torch import load_file
     file, judge = model_path('judge') / 'model.safetensors', Judge()
     try: judge.load_state_dict(load_file(file))
-    except Exception as e: raise VaderError(f'{file} is not the judge ({str(e).splitlines()[0]}): install the package again') from e
+    except Exception as e: raise VaderError(f'{file} is not the judge ({reason(e)}): install the package again') from e
     return judge.eval().requires_grad_(False)
 
 # %% ../nbs/24_evaluate.ipynb #7da16c71

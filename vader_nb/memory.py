@@ -15,7 +15,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from .core import VaderError, atomic_path, check
+from .core import VaderError, atomic_path, check, reason
 
 # %% ../nbs/11_memory.ipynb #19a1d46b
 def saved_bytes(fn,      # a function without arguments that runs a forward pass and returns its result
@@ -79,7 +79,7 @@ def _read_lora(folder):
         check(config.target_modules, 'the config names no target_modules')
         return config, load_file(folder/'adapter_model.safetensors')
     except Exception as e:
-        raise VaderError(f'{folder} holds no whole LoRA (adapter_config.json, adapter_model.safetensors): {str(e).splitlines()[0]}') from e
+        raise VaderError(f'{folder} holds no whole LoRA (adapter_config.json, adapter_model.safetensors): {reason(e)}') from e
 
 def _check_fit(model, weights, folder):
     "Raise `VaderError` unless each matrix A in `weights` belongs beside a layer of the denoiser with as many inputs."

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import nn
-from .core import VaderError, check, read_json
+from .core import VaderError, check, read_json, reason
 
 # %% ../nbs/05_zoo.ipynb #72f94748
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_part(
     try:
         with quiet(): return cls.from_pretrained(where, local_files_only=True, **options)
     except Exception as e:
-        raise VaderError(f'no usable {cls.__name__} in {where} ({str(e).strip().splitlines()[0][:200]}): restore that folder') from e
+        raise VaderError(f'no usable {cls.__name__} in {where} ({reason(e)[:200]}): restore that folder') from e
 
 def load_net(
     cls,                    # a diffusers or transformers model class
@@ -133,7 +133,7 @@ def read_weights(path # a .safetensors or a torch file
     from safetensors.torch import load_file
     path = Path(path)
     try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise VaderError(f'{path} is no readable file of weights: {str(e).splitlines()[0]}') from e
+    except Exception as e: raise VaderError(f'{path} is no readable file of weights: {reason(e)}') from e
 
 # %% ../nbs/05_zoo.ipynb #a05d64b1
 _SIGNS = {'lora_': 'a LoRA', 'temporal_transformer_blocks.': 'Stable Video Diffusion', 'transformer_in.': 'ModelScope', 'condition_embedder.': 'Wan',
@@ -158,7 +158,7 @@ def check_names(
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     shape = [f'{k} {have[k]} instead of {want[k]}' for k in want if k in have and have[k] != want[k]]
     lists = [f'{len(v)} {what} ({", ".join(v[:3])})' for what, v in (('missing', missing), ('unknown', extra), ('of another shape', shape)) if v]
-    check(not lists, f'{where} is not this {what}: of its {len(have)} weights {", ".join(lists)}; it looks like {looks_like(have)}')
+    check(not lists, f'{where} is not this {what}: it has {len(have)} weights where {len(want)} are wanted, {", ".join(lists)}; it looks like {looks_like(have)}')
 
 # %% ../nbs/05_zoo.ipynb #a05d64b3
 def shapes(

@@ -11,7 +11,7 @@ __all__ = ['SMALL', 'flow_ratio', 'flow_sampler', 'clean_text', 'OpenSora', 'che
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from ..core import VaderError, atomic_path, check, pick_device, pick_dtype, randn, read_json
+from ..core import VaderError, atomic_path, check, pick_device, pick_dtype, randn, read_json, reason
 from .modelscope import check_words
 from ..nets.opensora_vae import PIECE, OpenSoraVAE, latent_frames
 from ..nets.stdit3 import STDiT3
@@ -147,7 +147,7 @@ def read_embeddings(
     "Let `model` know the prompts whose embeddings are in `file`; raises `VaderError` if it is damaged or another text encoder's."
     from safetensors.torch import load_file
     try: known = load_file(file)
-    except Exception as e: raise VaderError(f'no usable embeddings in {file} ({str(e).splitlines()[0]}): make them with drop_text_encoder') from e
+    except Exception as e: raise VaderError(f'no usable embeddings in {file} ({reason(e)}): make them with drop_text_encoder') from e
     check(all(v.shape == model.caption for v in known.values()), f'the embeddings in {file} are another text encoder\'s: {model.name} needs {model.caption} each')
     model.cache.update(known)
 
@@ -160,7 +160,7 @@ def read_state(
     files = sorted(Path(folder).glob('*.safetensors'))
     check(files, f'no safetensors file in {folder}: is this the right folder?')
     try: return {k: v for f in files for k, v in load_file(f).items()}
-    except Exception as e: raise VaderError(f'a file in {folder} is damaged ({str(e).splitlines()[0]}): fetch it again') from e
+    except Exception as e: raise VaderError(f'a file in {folder} is damaged ({reason(e)}): fetch it again') from e
 
 # %% ../../nbs/09c_opensora.ipynb #31dcd5f9
 def configured(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core import VaderError, check, pick_device, pick_dtype, read_json
+from ..core import VaderError, check, pick_device, pick_dtype, read_json, reason
 from ..diffusion import add_noise, per_sample, to_x0_eps
 from ..nets.videocrafter import LVDM
 from ..samplers import DDIM, ddim_step, schedule
@@ -189,7 +189,7 @@ def read_checkpoint(
     "The tensors in the file by their names; nothing in it is run. Raises `VaderError` if it is missing, damaged or holds more than tensors."
     check(Path(file).is_file(), f'there is no file {file}: fetch VideoCrafter/VideoCrafter2 again')
     try: state = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as e: raise VaderError(f'{file} is damaged or holds more than tensors ({str(e).strip().splitlines()[0][:120]}): fetch it again') from e
+    except Exception as e: raise VaderError(f'{file} is damaged or holds more than tensors ({reason(e)[:120]}): fetch it again') from e
     state = state.get('state_dict') if isinstance(state, dict) else None
     check(isinstance(state, dict), f'{file} has no state_dict: it is not the checkpoint of VideoCrafter2')
     return state
@@ -221,7 +221,7 @@ def open_small(
     try:
         unet = LVDM(**read_json(folder/'config.json'))
         unet.load_state_dict(load_file(folder/'model.safetensors'))
-    except Exception as e: raise VaderError(f'no usable LVDM in {folder} ({str(e).strip().splitlines()[0][:120]}): install the package again') from e
+    except Exception as e: raise VaderError(f'no usable LVDM in {folder} ({reason(e)[:120]}): install the package again') from e
     return VideoCrafter(unet.to(device, dtype).eval(), base.vae, base.embed, base.native_size, fps=8)
 
 # %% ../../nbs/08b_videocrafter.ipynb #ba9e5ad4

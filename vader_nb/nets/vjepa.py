@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import VaderError, check, read_json, write_json
+from ..core import VaderError, check, read_json, reason, write_json
 from ..zoo import fill, read_weights
 
 # %% ../../nbs/19a_vjepa_net.ipynb #3b069e88
@@ -215,7 +215,7 @@ def published_state(path # `vitl16.pth.tar`
                     ):
     "The weights of a published file under our names; never runs code from it."
     try: file = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except Exception as e: raise VaderError(f'{path} is no readable V-JEPA file: {str(e).splitlines()[0]}') from e
+    except Exception as e: raise VaderError(f'{path} is no readable V-JEPA file: {reason(e)}') from e
     check(isinstance(file, dict) and set(PARTS) <= set(file), f"{path} is no V-JEPA file: it must hold {', '.join(PARTS)}")
     return {f"{part}.{k.removeprefix('module.backbone.')}": v for part in PARTS for k, v in file[part].items()}
 

@@ -9,7 +9,7 @@ __all__ = ['lr_at', 'pretrain', 'write_card', 'options']
 import argparse, json, time
 from pathlib import Path
 import torch
-from ..core import VaderError, atomic_path, check, generator, write_json
+from ..core import VaderError, atomic_path, check, generator, reason, write_json
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #b15c61c5
 def lr_at(step,       # from 0
@@ -28,7 +28,7 @@ def _resume(file, # `state.pt`
            ):
     "Go back to the state in `file`; returns the number of steps it has seen."
     try: s = torch.load(file, weights_only=True)
-    except Exception as e: raise VaderError(f'{file} is damaged ({str(e).splitlines()[0]}): delete it to begin anew') from e
+    except Exception as e: raise VaderError(f'{file} is damaged ({reason(e)}): delete it to begin anew') from e
     mine = isinstance(s, dict) and all(s.get(k) == v for k, v in run.items()) and [a.shape for a in s['avg']] == [a.shape for a in avg]
     check(mine, f'{file} belongs to another training than this ({run}): use another folder')
     model.load_state_dict(s['model']); opt.load_state_dict(s['opt'])

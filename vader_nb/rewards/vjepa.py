@@ -127,6 +127,7 @@ def load_vjepa(scale='small', # 'small': shipped with this package; 'full': the 
                ):
     "The V-JEPA reward of that scale; raises `VaderError` where the weights cannot be had."
     check((scale, version) in (('small', 1), ('full', 1), ('full', 2)), f"there is no V-JEPA {version} at the scale {scale!r}: use 'small' with version 1, or 'full' with 1 or 2")
+    check(path is None or version == 1, 'path= is for version 1: version 2 comes from the hub')
     device = pick_device(device)
     dtype = pick_dtype(dtype or ('fp16' if scale == 'full' and device.type == 'cuda' else 'fp32'))
     if version == 2: net = _version_2(dtype)
