@@ -9,6 +9,7 @@ __all__ = ['VERSIONS', 'resize_longer', 'pad_view', 'square_view', 'TextMatch', 
 # %% ../../nbs/15_hps.ipynb #92bf81b7
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..core import check, from_frames, pick_device, pick_dtype, read_json, to_frames
 from ..models.modelscope import check_words
@@ -58,25 +59,32 @@ class TextMatch(Reward):
         self._texts.clear()
         return super()._apply(fn, *args, **kw)
 
-    def images(self, frames # (n, 3, h, w) in [0, 1]
-               ):
-        "Vectors of unit length (n, d), float32."
-        return F.normalize(self.embed_images(self.view(frames, self.size).to(self.clip.logit_scale.dtype)).float(), dim=1)
-
-    def texts(self, prompts # list of n
-              ):
-        "Vectors of unit length (n, d), float32; each prompt is read once. Raises `VaderError` for one that cannot be read."
-        for p in prompts:
-            if p not in self._texts: self._texts[p] = self._text(p)
-        return torch.stack([self._texts[p] for p in prompts])
-
-    def _text(self, prompt):
-        ids = self.ids([prompt]).to(self.clip.logit_scale.device)
-        with torch.inference_mode(False), torch.no_grad(): return F.normalize(self.embed_texts(ids).float(), dim=1)[0]
-
     def score(self, video, prompts, generator):
         images = from_frames(self.images(to_frames(video)), len(video))
         return self.scale * (images * self.texts(prompts)[:, None]).sum(2).mean(1)
+
+# %% ../../nbs/15_hps.ipynb #15a0b007
+@patch
+def images(self: TextMatch,
+           frames # (n, 3, h, w) in [0, 1]
+           ):
+    "Vectors of unit length (n, d), float32."
+    return F.normalize(self.embed_images(self.view(frames, self.size).to(self.clip.logit_scale.dtype)).float(), dim=1)
+
+# %% ../../nbs/15_hps.ipynb #15a0b008
+@patch
+def texts(self: TextMatch,
+          prompts # list of n
+          ):
+    "Vectors of unit length (n, d), float32; each prompt is read once. Raises `VaderError` for one that cannot be read."
+    for p in prompts:
+        if p not in self._texts: self._texts[p] = self._text(p)
+    return torch.stack([self._texts[p] for p in prompts])
+
+@patch
+def _text(self: TextMatch, prompt):
+    ids = self.ids([prompt]).to(self.clip.logit_scale.device)
+    with torch.inference_mode(False), torch.no_grad(): return F.normalize(self.embed_texts(ids).float(), dim=1)[0]
 
 # %% ../../nbs/15_hps.ipynb #3e1faa70
 class HPS(TextMatch):

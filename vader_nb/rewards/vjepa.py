@@ -118,6 +118,7 @@ def _version_2(dtype):
     from transformers import VJEPA2Model
     return VJepa2(load_net(VJEPA2Model, model_path('vjepa2', 'full'), dtype))
 
+# %% ../../nbs/19b_vjepa.ipynb #19b0b006
 def load_vjepa(scale='small', # 'small': shipped with this package; 'full': the published ViT-L/16
                device=None,   # as in `pick_device`
                dtype=None,    # as in `pick_dtype`; by default half precision for the full one on a GPU
