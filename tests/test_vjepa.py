@@ -271,7 +271,8 @@ def test_two_cannot_see_what_is_hidden(two, video):
     by_token = grad.abs().sum((0, 1)).view(4, 2, 4, 8, 4, 8).sum((1, 3, 5))
     assert (by_token[seen == 0] == 0).all() and (by_token[seen == 1] > 0).all()
 
-def test_two_passes_the_contract(two, video): check_reward(VJepaReward(VJepa2(two, 8)), video)
+@pytest.mark.parametrize('halves', [False, True])
+def test_two_passes_the_contract(two, video, halves): check_reward(VJepaReward(VJepa2(two, 8), halves=halves), video)
 
 # The small checkpoint
 
