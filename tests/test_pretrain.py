@@ -12,6 +12,7 @@ from vader_nb.pretrain import aesthetic, clip, judge, modelscope, vae
 from vader_nb.pretrain.loop import lr_at, options, pretrain, write_card
 from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, clip_normalise
 from vader_nb.world import ANIMALS, SPOILS, draw, parse, rate, scenes
+from vader_nb.zoo import model_path
 
 # The loop
 
@@ -239,3 +240,7 @@ def test_a_data_set_of_ratings(small_vae, tok):
     assert E.shape == (128, 8) and R.shape == (128,) and 1 <= R.min() and R.max() <= 10
     q = aesthetic.quality(AestheticHead((8, 8, 8, 8, 4)).eval(), E, R)
     assert set(q) == {'RMSE', 'correlation'} and q['RMSE'] >= 0
+
+def test_hats_are_not_taught_twice(tmp_path):
+    with pytest.raises(VaderError, match='been through this course'):
+        modelscope.main(['--hats', '--out', str(tmp_path), *[w for k, name in dict(to='modelscope', vae='vae', clip='clip').items() for w in (f'--{k}', str(model_path(name)))]])

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from fastcore.basics import patch
 from transformers import CLIPTextModel, CLIPTokenizer
-from ..core import atomic_path, generator, read_json, write_json
+from ..core import atomic_path, check, generator, read_json, write_json
 from ..diffusion import add_noise, alpha_bars, scaled_linear_betas
 from ..evaluate import judge_clips
 from ..models.modelscope import native_sizes, open_modelscope
@@ -163,10 +163,12 @@ def first_course(a, vae, clip, tok): # options, then as for `Batches`
 # %% ../../nbs/zoo/04_modelscope.ipynb #875ed0a6
 def second_course(a, vae, clip, tok): # options, then as for `Batches`
     "Hats, from what stands at `--to`; published a fifth of the way back to where it began."
+    told = read_json(Path(a.to) / 'card.json')['training']
+    check('hats' not in told, f'the weights in {a.to} have been through this course: put those of the first course there')
     unet, batches = load_net(UNet3DConditionModel, Path(a.to) / 'unet').requires_grad_(True), Batches(a.out, vae, clip, tok, range(HATS, HATS + 8))
     start = {k: v.clone() for k, v in unet.state_dict().items()}
     end = pretrain(unet, lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40), a.steps, f'{a.out}/hats', lr=1.5e-3, ema=.998, decay=.01, seed=2, save_every=240)
-    facts = read_json(Path(a.to) / 'card.json')['training'] | dict(hats=f'{a.steps} more steps (--hats) on 8 x 1024 clips with more hats, and a fifth of the way back')
+    facts = told | dict(hats=f'{a.steps} more steps (--hats) on 8 x 1024 clips with more hats, and a fifth of the way back')
     _publish({k: torch.lerp(v, start[k], .2) for k, v in end.items()}, tok, facts, a)
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #5d13ef76
