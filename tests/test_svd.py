@@ -121,7 +121,7 @@ def test_start_images_show_what_the_caption_says():
 
 @pytest.mark.parametrize('bad, words', [(['a unicorn riding a bike'], 'unicorn'), (['no/such/dog.png'], 'no image file'), ('dog.jpg', 'no image file'), ([7], 'got 7'), (3, 'give a list'), ([], 'no start image'),
                                         (torch.rand(3, 32, 32), '32x32 pixels, the clip 32x40'), (torch.rand(1, 32, 40), 'got a tensor'), ([2 * torch.ones(3, 32, 40)], 'must lie in'),
-                                        ([torch.zeros(3, 32, 40, dtype=torch.uint8)], 'torch.uint8')])
+                                        ([torch.zeros(3, 32, 40, dtype=torch.uint8)], 'torch.uint8'), (torch.zeros(3, 32, 40, dtype=torch.uint8), r'\(3, 32, 40\) of torch.uint8'), (torch.rand(1, 64, 64), r'\(1, 64, 64\)')])
 def test_no_image(model, bad, words):
     with pytest.raises(VaderError, match=words) as e: model.encode(bad)
     assert '\n' not in str(e.value)

@@ -97,8 +97,8 @@ def warn_if_flat(
     "Warn the user whose sampler ends in a step that passes next to nothing of the gradient on."
     factor = gradient_factor(sampler, len(sampler) - 1)
     if factor < 5e-3: warnings.warn(
-        f'the last step passes only {factor:.2g} of the gradient on to the clip, so little or nothing will be learnt from it: '
-        "take kind='dpm++', a scheduler with steps_offset=1, or where='x0'", stacklevel=3)
+        f'the last step passes a share of {factor:.2g} of the gradient on to the clip, so little or nothing will be learnt from it: '
+        "take where='x0', or in place of DDIM kind='dpm++' or a scheduler with steps_offset=1", stacklevel=3)
 
 # %% ../nbs/12_rollout.ipynb #b1558b64
 def differentiable_latents(

@@ -179,7 +179,7 @@ def counted(run):
 def where_we_are(run):
     "The end of an error message: which step, and what is safe."
     last = checkpoints(run.folder)[-1:]
-    return f'step {run.step + 1}; {f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"}; a smaller lr often helps'
+    return f'step {run.step + 1}; {f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"}; if the clips have fallen apart, a smaller lr often helps'
 
 def check_scores(
     run,

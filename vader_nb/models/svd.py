@@ -41,7 +41,7 @@ def described(x):
 
 def check_images(images):
     "The start images as a list; raises `VaderError` if there is none."
-    if isinstance(images, (str, Path)) or is_picture(images): images = [images]
+    if isinstance(images, (str, Path)) or is_picture(images) or torch.is_tensor(images) and images.dim() == 3: images = [images]
     check(isinstance(images, (list, tuple)) or torch.is_tensor(images), f'give a list of start images, not {described(images)}')
     check(len(images) > 0, 'no start image was given: ask for at least one clip')
     return list(images)
