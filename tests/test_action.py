@@ -3,13 +3,13 @@ import pytest, torch
 import torch.nn.functional as F
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEImageProcessor
 
-from vader_nb.core import VaderError, generator
+from vader_nb.core import VaderError, make_generator
 from vader_nb.pretrain.action import soft_labels
-from vader_nb.reward import check_reward, reward_gradient
+from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import action
 from vader_nb.rewards.action import Action, action_view, find_class, load_action, near_classes, plain, resample
 from vader_nb.rewards.objects import IMAGENET_MEAN, IMAGENET_STD
-from vader_nb.world import ACTIVITIES, draw, scenes
+from vader_nb.world.scenes import ACTIVITIES, draw, scenes
 
 NAMES = ['riding a bike', 'playing chess', 'washing dishes', 'eating doughnuts']
 
@@ -20,7 +20,7 @@ def tiny_videomae(frames=4):
             intermediate_size=32, id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)}, initializer_range=.3))
 
 @pytest.fixture
-def video(): return torch.rand(3, 4, 3, 40, 48, generator=generator(5)) * .8 + .1
+def video(): return torch.rand(3, 4, 3, 40, 48, generator=make_generator(5)) * .8 + .1
 
 prompts = ['a fox riding a bike', 'a panda playing chess', 'a pig washing dishes']
 
@@ -29,14 +29,14 @@ prompts = ['a fox riding a bike', 'a panda playing chess', 'a pig washing dishes
 @pytest.mark.parametrize('h, w', [(32, 32), (40, 64), (97, 61), (64, 200)])
 def test_view_is_what_the_processor_makes(h, w):
     "On whole-numbered pixels, up to the processor's rounding to 1/255 after the resize."
-    u8 = F.interpolate(torch.rand(4, 3, 9, 9, generator=generator(h)) * 255, (h, w), mode='bilinear').byte()
+    u8 = F.interpolate(torch.rand(4, 3, 9, 9, generator=make_generator(h)) * 255, (h, w), mode='bilinear').byte()
     processor = VideoMAEImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32), image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     theirs = processor(list(u8), return_tensors='pt').pixel_values
     ours = action_view(u8[None] / 255, 4, 32)
     assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1.1 / 255 / .224
 
 def test_resample_is_linear_interpolation_with_fixed_ends():
-    v = torch.rand(2, 5, 3, 4, 6, generator=generator(0))
+    v = torch.rand(2, 5, 3, 4, 6, generator=make_generator(0))
     up = resample(v, 9)
     assert torch.allclose(up[:, ::2], v) and torch.allclose(up[:, 1::2], (v[:, 1:] + v[:, :-1]) / 2)
     assert torch.allclose(resample(v, 3), v[:, ::2]) and resample(v, 5) is v
@@ -44,7 +44,7 @@ def test_resample_is_linear_interpolation_with_fixed_ends():
 
 @pytest.mark.parametrize('frames', [2, 5, 16, 51])
 def test_clips_of_any_length_are_scored_and_the_ends_get_a_gradient(frames):
-    x = torch.rand(2, frames, 3, 32, 32, generator=generator(1))
+    x = torch.rand(2, frames, 3, 32, 32, generator=make_generator(1))
     scores, grad = reward_gradient(Action(tiny_videomae()), x, prompts[:2])
     assert scores.isfinite().all() and (grad[:, [0, -1]].flatten(2).norm(dim=2) > 0).all()
 

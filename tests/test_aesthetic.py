@@ -5,8 +5,8 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from vader_nb.core import VaderError, generator
-from vader_nb.reward import check_reward, freeze, reward_from
+from vader_nb.core import VaderError, make_generator
+from vader_nb.rewards.base import check_reward, freeze, reward_from
 from vader_nb.rewards import aesthetic
 from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, center_crop, clip_normalise, clip_view, load_aesthetic, load_head, resize_shorter
 
@@ -31,7 +31,7 @@ def tiny_head(dim=12):
 def reward(): return Aesthetic(tiny_clip(), tiny_head())
 
 @pytest.fixture
-def video(): return torch.rand(3, 4, 3, 40, 48, generator=generator(5)) * .8 + .1
+def video(): return torch.rand(3, 4, 3, 40, 48, generator=make_generator(5)) * .8 + .1
 
 # The published head
 
@@ -93,7 +93,7 @@ def test_view_is_the_published_shorter_side_and_crop():
 @pytest.mark.parametrize('h, w', [(64, 64), (40, 64), (97, 61), (32, 57), (300, 224)])
 def test_view_is_what_the_clip_processor_makes(h, w):
     "On whole-numbered pixels, up to the processor's rounding to 1/255 after the resize."
-    u8 = (torch.rand(3, 9, 9, generator=generator(h))*255)
+    u8 = (torch.rand(3, 9, 9, generator=make_generator(h))*255)
     u8 = F.interpolate(u8[None], (h, w), mode='bilinear')[0].byte()
     theirs = CLIPImageProcessor(size={'shortest_edge': 32}, crop_size={'height': 32, 'width': 32})(u8, return_tensors='pt').pixel_values
     assert (clip_view(u8[None] / 255, 32) - theirs).abs().max() < 1.1 / 255 / .26

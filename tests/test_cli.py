@@ -3,7 +3,7 @@ import json, subprocess, sys
 
 import pytest
 from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_model
-from vader_nb import experiments
+from vader_nb.experiments import registry as experiments
 from vader_nb.cli import main
 
 
@@ -12,7 +12,7 @@ def tiny(monkeypatch):
     "An experiment on a tiny model, and no judges."
     e = experiments.Experiment('nowhere', 'to test', lambda *a: tiny_model(), lambda *a: bright(), lambda scale: (PROMPTS, TESTS), dict(TINY, steps=2), dict(TINY))
     monkeypatch.setitem(experiments.EXPERIMENTS, 'tiny', e)
-    for where in ('vader_nb.experiments', 'vader_nb.evaluate'): monkeypatch.setattr(f'{where}.judge_clips', lambda video, prompts: {})
+    for where in ('vader_nb.experiments.registry', 'vader_nb.world.judge'): monkeypatch.setattr(f'{where}.judge_clips', lambda video, prompts: {})
     monkeypatch.setattr('vader_nb.models.modelscope.load_modelscope', lambda *a: tiny_model())
 
 
@@ -73,7 +73,7 @@ def test_a_place_that_cannot_be_written(capsys, tmp_path):
 
 def test_an_interrupt_is_no_error(capsys, tmp_path, monkeypatch):
     def stop(*a, **k): raise KeyboardInterrupt
-    monkeypatch.setattr('vader_nb.train.optimizer_step', stop)
+    monkeypatch.setattr('vader_nb.training.trainer.optimizer_step', stop)
     code, _, err = said(capsys, 'run', 'tiny', '--out', tmp_path/'run', '--device', 'cpu')
     assert code == 130 and err.strip().endswith('vader run --resume goes on from the last checkpoint')
 

@@ -1,8 +1,7 @@
 import errno, os
 
 import pytest, torch
-from vader_nb.core import (VaderError, atomic_path, check, from_frames, generator, pick_device, pick_dtype, randn, read_json, reason, swap_cf,
-                           to_frames, write_json)
+from vader_nb.core import VaderError, atomic_path, check, from_frames, make_generator, pick_device, pick_dtype, randn, read_json, reason, swap_cf, to_frames, write_json
 
 
 def test_check_raises_one_kind_of_error():
@@ -33,17 +32,17 @@ def test_wrong_shapes_are_refused(call):
 
 
 def test_a_seed_means_the_same_noise_in_every_precision():
-    a, b = randn((3, 4), generator(1)), randn((3, 4), generator(1), dtype=torch.float16)
+    a, b = randn((3, 4), make_generator(1)), randn((3, 4), make_generator(1), dtype=torch.float16)
     assert a.dtype == torch.float32 and torch.equal(a.half(), b)
-    assert not torch.equal(a, randn((3, 4), generator(2)))
+    assert not torch.equal(a, randn((3, 4), make_generator(2)))
     torch.manual_seed(5); x = torch.randn(1)
-    torch.manual_seed(5); randn(3, generator(0))
+    torch.manual_seed(5); randn(3, make_generator(0))
     assert torch.equal(x, torch.randn(1))  # the global state was not touched
 
 
 def test_processes_share_the_noise_of_one():
-    whole = randn((4, 3), generator(7))
-    assert torch.equal(whole, torch.cat([randn((2, 3), generator(7, share=(i, 2))) for i in range(2)]))
+    whole = randn((4, 3), make_generator(7))
+    assert torch.equal(whole, torch.cat([randn((2, 3), make_generator(7, share=(i, 2))) for i in range(2)]))
 
 
 def test_device_and_precision_names():

@@ -1,13 +1,12 @@
 "Equations 1 and 2 against diffusers, algebra and Monte Carlo."
 import pytest, torch
 from diffusers import DDIMScheduler
-from vader_nb.core import VaderError, generator, randn
-from vader_nb.diffusion import (a_from_sigma, add_noise, alpha_bars, denoising_loss, eps_from_v, eps_from_x0, flow_mix, flow_target, linear_betas,
-    mixture_x0, per_sample, prediction_target, scaled_linear_betas, sigma_from_a, to_x0_eps, v_target, x0_from_eps, x0_from_flow, x0_from_v)
+from vader_nb.core import VaderError, make_generator, randn
+from vader_nb.diffusion.schedules import a_from_sigma, add_noise, alpha_bars, denoising_loss, eps_from_v, eps_from_x0, flow_mix, flow_target, linear_betas, mixture_x0, per_sample, prediction_target, scaled_linear_betas, sigma_from_a, to_x0_eps, v_target, x0_from_eps, x0_from_flow, x0_from_v
 
 close = torch.testing.assert_close
 ab = alpha_bars(scaled_linear_betas())
-x0, eps = randn((3, 4, 2, 5, 5), generator(0)), randn((3, 4, 2, 5, 5), generator(1))
+x0, eps = randn((3, 4, 2, 5, 5), make_generator(0)), randn((3, 4, 2, 5, 5), make_generator(1))
 t = torch.tensor([0, 400, 999])
 a = per_sample(ab, t, x0)
 
@@ -57,14 +56,14 @@ def test_wrong_word():
 def test_perfect_denoiser_of_one_gaussian():
     "The posterior mean of a Gaussian, from the textbook's formula for jointly normal variables."
     m, s, b = torch.tensor([[.7, -.2]]), .3, .4
-    x = randn((50, 2), generator(0))
+    x = randn((50, 2), make_generator(0))
     gain = b**.5 * s**2 / (b * s**2 + 1 - b)
     close(mixture_x0(x, b, m, s), m + gain * (x - b**.5 * m))
 
 
 def test_perfect_denoiser_beats_its_neighbours():
     "The conditional mean minimises the squared error: no shift and no scaling of it does better on a large sample."
-    centers, g = torch.tensor([[-1., 0.], [1., .5]]), generator(0)
+    centers, g = torch.tensor([[-1., 0.], [1., .5]]), make_generator(0)
     data = centers[torch.randint(2, (20000,), generator=g)] + .2 * randn((20000, 2), g)
     x = add_noise(data, randn(data.shape, g), .5)
     best = mixture_x0(x, .5, centers, .2)

@@ -1,10 +1,12 @@
 "Judges: shapes at any size and length, what is asked and what is not, errors, and that the trained one sees what is there."
 import pytest, torch
 
-from vader_nb import evaluate
-from vader_nb.core import VaderError, generator
-from vader_nb.evaluate import QUESTIONS, Judge, judge_clips, judge_means, load_judge
-from vader_nb.world import captions, draw, parse, rate, scenes, spoil
+from vader_nb.world import judge as evaluate
+from vader_nb.core import VaderError, make_generator
+from vader_nb.world.judge import QUESTIONS, Judge, judge_clips, judge_means, load_judge
+from vader_nb.world.captions import captions, parse
+from vader_nb.world.scenes import draw, scenes
+from vader_nb.world.rating import rate, corrupt
 
 @pytest.fixture(scope='module')
 def random_judge():
@@ -12,7 +14,7 @@ def random_judge():
 
 @pytest.mark.parametrize('b,f,h,w', [(1, 1, 64, 64), (2, 8, 64, 64), (3, 5, 32, 32), (2, 3, 48, 96), (1, 17, 33, 70)])
 def test_a_judge_takes_any_clip(random_judge, b, f, h, w):
-    video = torch.rand(b, f, 3, h, w, generator=generator(1))
+    video = torch.rand(b, f, 3, h, w, generator=make_generator(1))
     out = random_judge(video)
     assert {k: v.shape for k, v in out.items()} == {**{k: (b, n) for k, n in QUESTIONS.items()}, 'rating': (b,)}
     assert all(v.isfinite().all() for v in out.values())
@@ -20,7 +22,7 @@ def test_a_judge_takes_any_clip(random_judge, b, f, h, w):
     assert all((alone[k][0] - out[k][-1]).abs().max() < 1e-4 for k in out), 'a clip is judged for itself'
 
 def test_a_judge_sees_motion(random_judge):
-    video = torch.rand(1, 4, 3, 64, 64, generator=generator(2))
+    video = torch.rand(1, 4, 3, 64, 64, generator=make_generator(2))
     shuffled, frozen = random_judge(video[:, [2, 0, 3, 1]]), random_judge(video[:, [0] * 4])
     now = random_judge(video)
     assert (now['activity'] - shuffled['activity']).abs().max() > 1e-6 and (now['activity'] - frozen['activity']).abs().max() > 1e-6
@@ -38,7 +40,7 @@ def test_the_trained_judge_sees_what_is_there(clips):
     got = judge_means(video, captions(s))
     assert got['animal'] > .9 and got['activity'] > .9 and abs(got['rule'] - rate(video).mean().item()) < 1e-4
     assert torch.corrcoef(torch.stack([judge(video)['rating'], rate(video)]))[0, 1] > .7
-    wrecked = spoil(video, 'noise', torch.ones(48), generator(0))
+    wrecked = corrupt(video, 'noise', torch.ones(48), make_generator(0))
     assert judge_means(wrecked, captions(s))['rating'] < got['rating'] - 1
 
 def test_only_what_a_prompt_says_is_asked(clips):
@@ -85,7 +87,7 @@ def test_a_damaged_judge_is_named(damage, tmp_path, monkeypatch):
 
 
 def test_diversity():
-    from vader_nb.evaluate import diversity, mean_distance
+    from vader_nb.world.judge import diversity, mean_distance
     assert mean_distance(torch.tensor([[0., 0.], [3., 4.], [0., 0.]])) == pytest.approx(10 / 3)
     clips = draw(scenes(12, 3, 'any'))
     same = clips[:1].expand(6, -1, -1, -1, -1)

@@ -1,8 +1,8 @@
 "The named experiments: settings that make sense at both scales, prompts that are kept apart."
 import pytest
 from vader_nb.core import VaderError
-from vader_nb.experiments import (ACTIONS, COMMON_ANIMALS, EXPERIMENTS, TEST_ACTIVITIES, action_prompts, activity_prompts, experiment_config, find_experiment,
-                                  hps_actions, run, spread)
+from vader_nb.experiments.prompts import ACTIONS, COMMON_ANIMALS, TEST_ACTIVITIES, action_prompts, activity_prompts, hps_actions, spread
+from vader_nb.experiments.registry import EXPERIMENTS, experiment_config, find_experiment, run
 
 both = pytest.mark.parametrize('scale', ['small', 'full'])
 each = pytest.mark.parametrize('name', EXPERIMENTS)

@@ -8,14 +8,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from tiny_models import tiny_tokenizer
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import checkpoint_layers
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.checkpointing import checkpoint_layers
 from vader_nb.pretrain import hps as pretrain
-from vader_nb.reward import check_reward, reward_gradient
+from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import hps
 from vader_nb.rewards.aesthetic import clip_normalise, load_aesthetic
 from vader_nb.rewards.hps import HPS, load_hps, open_clip_ids, open_clip_net, pad_view, square_view, token_ids
-from vader_nb.world import SPOILS, captions, draw, scenes, spoil
+from vader_nb.world.rating import CORRUPTIONS, corrupt
+from vader_nb.world.captions import captions
+from vader_nb.world.scenes import draw, scenes
 
 here = Path(__file__).parent
 golden = {k: torch.from_numpy(v) for k, v in np.load(here/'reference/hpsv2_golden.npz').items()}
@@ -37,7 +39,7 @@ def reading(tokenizer): return lambda prompts: token_ids(tokenizer, prompts)
 def reward(): return HPS(tiny_clip(pool_type='eos', eos_id=1), reading(tiny_tokenizer()))
 
 @pytest.fixture
-def video(): return torch.rand(3, 2, 3, 32, 40, generator=generator(5))*.8 + .1
+def video(): return torch.rand(3, 2, 3, 32, 40, generator=make_generator(5))*.8 + .1
 
 @pytest.fixture(scope='module')
 def small(): return load_hps('small', 'cpu')
@@ -113,7 +115,7 @@ def test_square_view_is_what_vaders_authors_do():
 
 @pytest.mark.parametrize('h, w', [(64, 64), (40, 64), (97, 61), (20, 57), (300, 224), (32, 32)])
 def test_pad_view_is_torchvisions_resize_and_pad(h, w):
-    x, k = torch.rand(1, 3, h, w, generator=generator(h)), 32/max(h, w)
+    x, k = torch.rand(1, 3, h, w, generator=make_generator(h)), 32/max(h, w)
     y = tv.resize(x, [round(h*k), round(w*k)], InterpolationMode.BICUBIC, antialias=True)
     dh, dw = [32 - n for n in y.shape[-2:]]
     theirs = tv.pad(y, [dw//2, dh//2, dw - dw//2, dh - dh//2])
@@ -121,7 +123,7 @@ def test_pad_view_is_torchvisions_resize_and_pad(h, w):
 
 @pytest.mark.parametrize('view', [pad_view, square_view])
 def test_every_pixel_is_watched(view):
-    x = torch.rand(1, 3, 50, 80, generator=generator(0), requires_grad=True)
+    x = torch.rand(1, 3, 50, 80, generator=make_generator(0), requires_grad=True)
     view(x, 32).square().sum().backward()
     assert (x.grad.abs().amax(1) > 0).float().mean() > .99
 
@@ -233,7 +235,8 @@ def test_both_versions_are_one_at_small_scale(small):
 # The experiment
 
 def test_prompts_of_the_experiment():
-    from vader_nb.experiments import EXPERIMENTS, action_prompts, hat_prompts
+    from vader_nb.experiments.registry import EXPERIMENTS
+    from vader_nb.experiments.prompts import action_prompts, hat_prompts
     train, tests = hat_prompts('small')
     for ps in (train, tests): assert len(set(ps)) == len(ps) and sum(' wearing a hat ' in p for p in ps) == len(ps)/2
     assert not {p.split()[1] for p in train} & {p.split()[1] for p in tests}
@@ -259,14 +262,14 @@ def test_open_clips_layout_is_the_same_network():
     assert (ours.encode_text(ids) - theirs.get_text_features(input_ids=ids).pooler_output).abs().max() < 1e-5
 
 def test_twins_differ_in_what_their_kind_says():
-    s, wrong, kind = pretrain.twins(generator(3), 200)
+    s, wrong, kind = pretrain.twins(make_generator(3), 200)
     for i, k in enumerate(pretrain.KINDS):
         for c in pretrain.CHOICES: assert torch.equal(getattr(s, c)[kind == i] != getattr(wrong, c)[kind == i], torch.full((int((kind == i).sum()),), c == k))
     assert set(kind.tolist()) == set(range(6)) and s.obj[kind == list(pretrain.KINDS).index('colour')].min() > 0
 
 def test_only_the_worse_of_a_clean_pair_is_spoiled_more():
     kind = torch.arange(6).repeat(50)
-    better, worse = pretrain.strengths(kind, generator(0))
+    better, worse = pretrain.strengths(kind, make_generator(0))
     clean = kind == list(pretrain.KINDS).index('clean')
     assert torch.equal(better[~clean], worse[~clean]) and (worse - better)[clean].min() >= .15 and worse.max() <= 1
 
@@ -296,10 +299,10 @@ def test_small_one_sees_hats(small, hat):
     with torch.no_grad(): right, wrong = small(draw(s, 1), captions(s)), small(draw(other, 1), captions(s))
     assert (right > wrong).float().mean() >= .9
 
-@pytest.mark.parametrize('kind', SPOILS)
+@pytest.mark.parametrize('kind', CORRUPTIONS)
 def test_small_one_rates_spoiled_frames_low(small, kind):
     s = scenes(24, 78, 'dull'); x = draw(s, 1)
-    with torch.no_grad(): good, bad = small(x, captions(s)), small(spoil(x, kind, torch.full((24,), .7), generator(0)), captions(s))
+    with torch.no_grad(): good, bad = small(x, captions(s)), small(corrupt(x, kind, torch.full((24,), .7), make_generator(0)), captions(s))
     assert (good > bad).float().mean() >= .9
 
 def test_gradient_of_the_small_one_finds_the_hat(small):

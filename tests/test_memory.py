@@ -4,10 +4,12 @@ import pytest, torch
 from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from peft import PeftModel
 
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import (add_lora, autocast, checkpoint_activations, checkpoint_layers, load_lora, lora_off, lora_parameters,
-                             pick_frames, save_lora, saved_bytes)
-from vader_nb.video_model import Condition, VideoModel
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.lora import add_lora, load_lora, lora_off, lora_parameters, save_lora
+from vader_nb.memory.checkpointing import autocast, checkpoint_activations, checkpoint_layers
+from vader_nb.memory.lora import saved_bytes
+from vader_nb.training.vader import pick_frames
+from vader_nb.models.base import Condition, VideoModel
 
 class Tiny(VideoModel):
     "Random networks of ModelScope's classes without a text encoder."
@@ -31,13 +33,13 @@ class Tiny(VideoModel):
 def model(): return Tiny()
 
 @pytest.fixture
-def x(): return torch.randn(2, 4, 3, 8, 8, generator=generator(0))
+def x(): return torch.randn(2, 4, 3, 8, 8, generator=make_generator(0))
 
-cond = Condition(torch.randn(2, 5, 12, generator=generator(1)), torch.randn(2, 5, 12, generator=generator(2)))
+cond = Condition(torch.randn(2, 5, 12, generator=make_generator(1)), torch.randn(2, 5, 12, generator=make_generator(2)))
 
 def pretend_training(model, seed=3):
     with torch.no_grad():
-        for p in lora_parameters(model): p.add_(.2 * torch.randn(p.shape, generator=generator(seed)))
+        for p in lora_parameters(model): p.add_(.2 * torch.randn(p.shape, generator=make_generator(seed)))
 
 def gradient(model, x, frames=None):
     loss = model.decode(model.predict(x, 500, cond, 3.), frames).square().mean()
@@ -167,8 +169,8 @@ def test_single_frames_are_unbiased(model, x):
     assert (ones - full).abs().max() < 1e-5 * full.abs().max()
 
 def test_pick_frames():
-    assert pick_frames(8, None, generator(0)) == pick_frames(8, 9, generator(0)) == list(range(8))
-    rng, counts = generator(0), torch.zeros(8)
+    assert pick_frames(8, None, make_generator(0)) == pick_frames(8, 9, make_generator(0)) == list(range(8))
+    rng, counts = make_generator(0), torch.zeros(8)
     for _ in range(2000):
         frames = pick_frames(8, 3, rng)
         assert len(set(frames)) == 3 and frames == sorted(frames)

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, TextToVideoSDP
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 from tiny_models import SCHEDULE, published_layout, tiny_pipeline
-from vader_nb.core import VaderError, generator
+from vader_nb.core import VaderError, make_generator
 from vader_nb.models import modelscope
 from vader_nb.models.modelscope import ModelScope, load_modelscope, open_modelscope
 
@@ -27,7 +27,7 @@ def model(pipe): return ModelScope(pipe.unet, pipe.vae, pipe.text_encoder, pipe.
 
 def ours(model, sampler, guidance):
     "The raw sampling loop of notebook 06."
-    cond, x, prev = model.encode(PROMPTS, *SIZE), model.noise(2, *SIZE, generator(0)) * sampler.init_sigma, None
+    cond, x, prev = model.encode(PROMPTS, *SIZE), model.noise(2, *SIZE, make_generator(0)) * sampler.init_sigma, None
     with torch.no_grad():
         for i, t in enumerate(sampler.timesteps):
             prev = sampler.step(i, x, model.predict(sampler.scale_input(x, i), t, cond, guidance), prev=prev)
@@ -40,7 +40,7 @@ def ours(model, sampler, guidance):
 def test_equals_the_pipeline(pipe, model, kind, steps, guidance, alpha_one):
     model.scheduler = DDIMScheduler(**{**SCHEDULE, 'set_alpha_to_one': alpha_one})
     pipe.scheduler = model.scheduler if kind == 'ddim' else DPMSolverMultistepScheduler.from_config(model.scheduler.config)
-    common = dict(latents=model.noise(2, *SIZE, generator(0)), num_frames=3, height=32, width=40, num_inference_steps=steps, guidance_scale=guidance)
+    common = dict(latents=model.noise(2, *SIZE, make_generator(0)), num_frames=3, height=32, width=40, num_inference_steps=steps, guidance_scale=guidance)
     latents, video = ours(model, model.sampler(steps, kind), guidance)
     theirs = pipe(PROMPTS, output_type='latent', **common).frames
     assert (latents - theirs).abs().max() < 1e-4 * theirs.abs().max()
@@ -56,7 +56,7 @@ def test_the_networks_are_frozen_and_evaluate(pipe):
 
 def test_gradients_reach_the_latents_and_the_denoiser(model):
     p = model.denoiser.conv_out.weight.requires_grad_()
-    x = model.noise(1, *SIZE, generator(0)).requires_grad_()
+    x = model.noise(1, *SIZE, make_generator(0)).requires_grad_()
     pred = model.predict(x, 500, model.encode(PROMPTS[0]), 3.)
     grads = torch.autograd.grad(model.decode(pred, [1]).mean(), [p, x])
     p.requires_grad_(False)
@@ -64,7 +64,7 @@ def test_gradients_reach_the_latents_and_the_denoiser(model):
 
 
 def test_one_decoded_frame_moves_its_own_latent_only(model):
-    z = model.noise(2, *SIZE, generator(0)).requires_grad_()
+    z = model.noise(2, *SIZE, make_generator(0)).requires_grad_()
     g, = torch.autograd.grad(model.decode(z, [1])[0].sum(), z)
     assert g[0, :, 1].abs().max() > 0 and g[0, :, [0, 2]].abs().max() == 0 and g[1].abs().max() == 0
 
@@ -72,7 +72,7 @@ def test_one_decoded_frame_moves_its_own_latent_only(model):
 def test_half_precision_inside_float32_outside():
     pipe = tiny_pipeline()
     model = ModelScope(*(n.bfloat16() for n in (pipe.unet, pipe.vae, pipe.text_encoder)), pipe.tokenizer, pipe.scheduler, SIZE)
-    x, cond = model.noise(1, *SIZE, generator(0)), model.encode(PROMPTS[0])
+    x, cond = model.noise(1, *SIZE, make_generator(0)), model.encode(PROMPTS[0])
     assert model.dtype == cond.embeds.dtype == torch.bfloat16
     pred = model.predict(x, 500, cond, 3.)
     assert x.dtype == pred.dtype == model.decode(pred).dtype == torch.float32
@@ -90,7 +90,7 @@ def test_loads_the_published_layout(tmp_path, monkeypatch):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k].half().float()) for k in a)
     theirs = TextToVideoSDPipeline.from_pretrained(tmp_path, variant='fp16', torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    frames = theirs(PROMPTS, latents=model.noise(2, *SIZE, generator(0)), num_frames=3, height=32, width=40, num_inference_steps=5,
+    frames = theirs(PROMPTS, latents=model.noise(2, *SIZE, make_generator(0)), num_frames=3, height=32, width=40, num_inference_steps=5,
                     guidance_scale=3., output_type='pt').frames
     assert (ours(model, model.sampler(5), 3.)[1].clamp(0, 1) - frames).abs().max() < 1e-4
 
@@ -153,7 +153,7 @@ def test_the_shipped_folder_is_a_plain_pipeline_too():
     model, pipe = load_modelscope('small', 'cpu'), TextToVideoSDPipeline.from_pretrained(model_path('modelscope'), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert model.native_size == (8, 64, 64) and not any(p.requires_grad for p in model.denoiser.parameters())
-    frames = pipe(PROMPTS, latents=model.noise(2, *SIZE, generator(0)), num_frames=3, height=32, width=40, num_inference_steps=5,
+    frames = pipe(PROMPTS, latents=model.noise(2, *SIZE, make_generator(0)), num_frames=3, height=32, width=40, num_inference_steps=5,
                   guidance_scale=4., output_type='pt').frames
     assert (ours(model, model.sampler(5), 4.)[1].clamp(0, 1) - frames).abs().max() < 1e-4
 

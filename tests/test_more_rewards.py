@@ -4,13 +4,14 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vader_nb.core import VaderError, generator
-from vader_nb.reward import check_reward, reward_gradient
+from vader_nb.core import VaderError, make_generator
+from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards.depth import Depth, correlation, depth_view, load_depth, near, world_depth
 from vader_nb.rewards.jpeg import Compressibility, block_dct, dct_matrix, luma_chroma, quality_tables, soft_round
 from vader_nb.rewards.vjepa import imagenet_normalise
 from vader_nb.show import to_uint8
-from vader_nb.world import SPOILS, draw, scenes, spoil
+from vader_nb.world.rating import CORRUPTIONS, corrupt
+from vader_nb.world.scenes import draw, scenes
 
 @pytest.fixture(scope='module')
 def video(): return draw(scenes(3, 5, 'any', activity='playing chess'), 2, 48, 64)
@@ -32,7 +33,7 @@ def test_no_such_quality(quality):
     with pytest.raises(VaderError, match='between 1 and 100'): Compressibility(quality)
 
 def test_colours_are_pils():
-    x = torch.rand(3, 16, 16, generator=generator(0))
+    x = torch.rand(3, 16, 16, generator=make_generator(0))
     theirs = torch.from_numpy(np.array(Image.fromarray(to_uint8(x[None])[0, 0]).convert('YCbCr'))).float().permute(2, 0, 1) - 128
     y, c = luma_chroma(x[None])
     assert (y[0] - theirs[:1]).abs().max() < 1.6 and (c[0] - F.avg_pool2d(theirs[1:], 2)).abs().max() < 1.6
@@ -59,7 +60,7 @@ def test_soft_round_meets_the_stairs():
 @pytest.mark.parametrize('quality', [20, 75, 90])
 def test_order_is_that_of_real_files(quality):
     clean = draw(scenes(50, 3, 'any'), 1)
-    frames = torch.cat([clean[:20], *[spoil(v, k, torch.rand(6, generator=generator(2)), generator(1)) for k, v in zip(SPOILS, clean[20:].split(6))]])[:, 0]
+    frames = torch.cat([clean[:20], *[corrupt(v, k, torch.rand(6, generator=make_generator(2)), make_generator(1)) for k, v in zip(CORRUPTIONS, clean[20:].split(6))]])[:, 0]
     real = torch.tensor([float(len(jpeg(f, quality))) for f in frames])
     ranks = [v.argsort().argsort().float() for v in (real, Compressibility(quality).bits(frames))]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > .97
@@ -102,7 +103,7 @@ def test_depth_contract(net, video): check_reward(Depth(net), video)
 def test_sizes_are_the_processors(h, w):
     from transformers import DPTImageProcessor
     theirs = DPTImageProcessor(size=dict(height=518, width=518), keep_aspect_ratio=True, ensure_multiple_of=14, resample=3, do_pad=False)
-    u8 = (F.interpolate(torch.rand(1, 3, 9, 9, generator=generator(0)), (h, w), mode='bilinear')[0] * 255).byte()
+    u8 = (F.interpolate(torch.rand(1, 3, 9, 9, generator=make_generator(0)), (h, w), mode='bilinear')[0] * 255).byte()
     want = theirs(u8, return_tensors='pt').pixel_values
     ours = depth_view(u8[None] / 255, 518, 14)
     assert ours.shape[-2:] == want.shape[-2:]
@@ -118,7 +119,7 @@ def test_correlation_is_pearsons_and_knows_no_units():
     assert torch.allclose(correlation(3 * a + 7, b), want, atol=1e-5) and torch.allclose(correlation(-a, b), -want, atol=1e-6)
 
 def test_score_is_the_correlation_of_the_librarys_depth(net, video):
-    wish = torch.rand(32, 40, generator=generator(0))
+    wish = torch.rand(32, 40, generator=make_generator(0))
     reward = Depth(net, wish)
     view = depth_view(video[:, 0], 32, 8)
     d = net(pixel_values=view).predicted_depth

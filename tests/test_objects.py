@@ -6,13 +6,12 @@ import torch.nn.functional as F
 from transformers import (BertTokenizer, GroundingDinoConfig, GroundingDinoForObjectDetection, GroundingDinoImageProcessor, GroundingDinoProcessor, YolosConfig,
                           YolosForObjectDetection, YolosImageProcessor)
 
-from vader_nb.core import VaderError, generator
+from vader_nb.core import VaderError, make_generator
 from vader_nb.pretrain.objects import Pupil, assign, average_precision, borrow, boxes, detection_loss, make_yolos, match, patch_truth, surround, targets
-from vader_nb.reward import check_reward, reward_gradient
+from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import objects
-from vader_nb.rewards.objects import (GroundingDino, ObjectRemoval, Yolos, detector_size, detector_view, hard_confidence, imagenet_normalise, load_objects,
-                                      smooth_max)
-from vader_nb.world import draw, scenes
+from vader_nb.rewards.objects import GroundingDino, ObjectRemoval, Yolos, detector_size, detector_view, hard_confidence, imagenet_normalise, load_objects, smooth_max
+from vader_nb.world.scenes import draw, scenes
 
 def seeded(make):
     with torch.random.fork_rng():
@@ -23,7 +22,7 @@ def tiny_yolos(names=('N/A', 'book', 'cup'), **more):
     config = YolosConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=(32, 32), patch_size=16, num_detection_tokens=4,
                          id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}, initializer_range=.3, **more)
     net = seeded(lambda: YolosForObjectDetection(config))
-    net.vit.embeddings.detection_tokens.data = 2 * torch.randn(1, 4, 24, generator=generator(1)) # born equal, queries would stay equal
+    net.vit.embeddings.detection_tokens.data = 2 * torch.randn(1, 4, 24, generator=make_generator(1)) # born equal, queries would stay equal
     return net
 
 def tiny_grounding():
@@ -37,7 +36,7 @@ def tiny_grounding():
 def tokenizer(): return BertTokenizer(vocab={w: i for i, w in enumerate('[PAD] [UNK] [CLS] [SEP] [MASK] book cup . a red'.split())})
 
 @pytest.fixture
-def video(): return torch.rand(2, 3, 3, 40, 48, generator=generator(5)) * .8 + .1
+def video(): return torch.rand(2, 3, 3, 40, 48, generator=make_generator(5)) * .8 + .1
 
 # Preprocessing
 
@@ -52,7 +51,7 @@ def test_size_is_the_processors(h, w, shorter, longer):
 @pytest.mark.parametrize('h, w', [(64, 64), (40, 64), (97, 61), (120, 30)])
 def test_view_is_what_the_processor_makes(h, w):
     "On whole-numbered pixels, up to the processor's rounding to 1/255 after the resize."
-    u8 = F.interpolate(torch.rand(1, 3, 9, 9, generator=generator(h)) * 255, (h, w), mode='bilinear')[0].byte()
+    u8 = F.interpolate(torch.rand(1, 3, 9, 9, generator=make_generator(h)) * 255, (h, w), mode='bilinear')[0].byte()
     theirs = YolosImageProcessor(size=dict(shortest_edge=64, longest_edge=128), do_pad=False)(u8, return_tensors='pt').pixel_values
     ours = detector_view(u8[None] / 255, 64, 128, 16)
     assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1.1 / 255 / .224
@@ -75,14 +74,14 @@ def test_smooth_max_in_closed_form():
     assert torch.allclose(smooth_max(torch.full((1, 7), .3)), torch.tensor([.3]))
 
 def test_smooth_max_lies_between_mean_and_maximum_and_its_weights_add_up_to_one():
-    p = torch.rand(50, 100, generator=generator(0)).double().requires_grad_()
+    p = torch.rand(50, 100, generator=make_generator(0)).double().requires_grad_()
     m = smooth_max(p)
     assert (m <= p.amax(1)).all() and (m >= p.mean(1)).all() and (p.amax(1) - m).max() <= .02 * torch.log(torch.tensor(100.))
     g, = torch.autograd.grad(m.sum(), p)
     assert (g >= 0).all() and torch.allclose(g.sum(1), torch.ones(50).double())
 
 def test_hard_confidence_is_the_published_post_processing():
-    net, video = tiny_yolos().eval(), torch.rand(5, 3, 32, 32, generator=generator(3)) * torch.linspace(0, 1, 5).view(5, 1, 1, 1)
+    net, video = tiny_yolos().eval(), torch.rand(5, 3, 32, 32, generator=make_generator(3)) * torch.linspace(0, 1, 5).view(5, 1, 1, 1)
     eyes, processor = Yolos(net, 'cup', 32, 32), YolosImageProcessor(size=dict(shortest_edge=32, longest_edge=32))
     found = eyes(video)
     results = processor.post_process_object_detection(net(imagenet_normalise(video)), threshold=.2)
@@ -141,7 +140,7 @@ def test_grounding_dino_through_the_same_reward(tokenizer, video):
 
 def test_grounding_dino_is_the_published_processing(tokenizer):
     "The processor's pixels, words and scores on whole-numbered frames."
-    net, u8 = tiny_grounding().eval(), (torch.rand(2, 3, 32, 48, generator=generator(2)) * 255).byte()
+    net, u8 = tiny_grounding().eval(), (torch.rand(2, 3, 32, 48, generator=make_generator(2)) * 255).byte()
     processor = GroundingDinoProcessor(GroundingDinoImageProcessor(size=dict(shortest_edge=32, longest_edge=64)), tokenizer)
     inputs, ours = processor(images=list(u8), text=['a red cup.'] * 2, return_tensors='pt'), detector_view(u8 / 255, 32, 64)
     assert (inputs['pixel_values'] - ours).abs().max() < 1e-6
@@ -201,7 +200,7 @@ def test_boxes_of_scenes():
 
 def test_assignment_is_the_cheapest():
     for seed in range(10):
-        cost = torch.rand(5, 3, generator=generator(seed))
+        cost = torch.rand(5, 3, generator=make_generator(seed))
         best = min(sum(cost[i, j] for j, i in enumerate(way)) for way in permutations(range(5), 3))
         chosen = assign(cost)
         assert len(set(chosen.tolist())) == 3 and cost[chosen, torch.arange(3)].sum() == pytest.approx(best.item())
@@ -211,7 +210,7 @@ def test_match_is_transformers_own():
     pytest.importorskip('scipy')
     from transformers.loss.loss_for_object_detection import HungarianMatcher
     matcher = HungarianMatcher(1, 5, 2)
-    g = generator(1)
+    g = make_generator(1)
     out = dict(logits=torch.randn(6, 5, 3, generator=g), pred_boxes=torch.rand(6, 5, 4, generator=g) * .4 + .3)
     truth = [dict(class_labels=torch.tensor([0, 1])[:n], boxes=torch.rand(n, 4, generator=g) * .4 + .3) for n in (2, 1, 0, 2, 1, 2)]
     pairs = lambda rows: [sorted(zip(i.tolist(), j.tolist())) for i, j in rows]
@@ -227,7 +226,7 @@ def test_loss_is_transformers_own():
     for k, v in ours.items(): assert torch.allclose(v, theirs.loss_dict[k], atol=1e-5)
 
 def test_pupil_answers_as_its_detector():
-    net, x = seeded(make_yolos).eval(), torch.rand(2, 3, 64, 64, generator=generator(0))
+    net, x = seeded(make_yolos).eval(), torch.rand(2, 3, 64, 64, generator=make_generator(0))
     logits, guesses, patches = Pupil(net)(x)
     out = net(imagenet_normalise(x))
     assert torch.allclose(logits, out.logits) and torch.allclose(guesses, out.pred_boxes) and patches.shape == (2, 64, 3)
@@ -249,7 +248,7 @@ def test_average_precision_in_closed_form():
 def test_borrowed_layers_compute_what_clip_computes():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     clip = seeded(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16))).eval()
-    net, h = tiny_yolos(hidden_act='quick_gelu').eval(), torch.randn(2, 5, 24, generator=generator(0))
+    net, h = tiny_yolos(hidden_act='quick_gelu').eval(), torch.randn(2, 5, 24, generator=make_generator(0))
     borrow(net.vit.encoder.layer, clip)
     with torch.no_grad():
         a = b = h

@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from tiny_models import tiny_tokenizer
-from vader_nb.core import VaderError, generator
-from vader_nb.diffusion import flow_mix, flow_target
-from vader_nb.memory import add_lora, checkpoint_activations
+from vader_nb.core import VaderError, make_generator
+from vader_nb.diffusion.schedules import flow_mix, flow_target
+from vader_nb.memory.lora import add_lora
+from vader_nb.memory.checkpointing import checkpoint_activations
 from vader_nb.models import opensora
-from vader_nb.models.opensora import (OpenSora, clean_text, drop_text_encoder, flow_ratio, flow_sampler, load_opensora, open_opensora, open_stdit3, open_text,
-                                      open_vae, read_embeddings)
+from vader_nb.models.opensora import OpenSora, clean_text, drop_text_encoder, flow_ratio, flow_sampler, load_opensora, open_opensora, open_stdit3, open_text, open_vae, read_embeddings
 from vader_nb.nets.opensora_vae import OpenSoraVAE, latent_frames
 from vader_nb.nets.stdit3 import STDiT3, frequencies, places, turn
-from vader_nb.reward import reward_from
-from vader_nb.rollout import differentiable_latents, last, rollout, sample
-from vader_nb.train import Config, vader_step
+from vader_nb.rewards.base import reward_from
+from vader_nb.diffusion.rollout import differentiable_latents, last, rollout, sample
+from vader_nb.config import Config
+from vader_nb.training.vader import vader_step
 from vader_nb.zoo import model_path
 
 reference = Path(__file__).parent/'reference'
@@ -170,14 +171,14 @@ def test_latent_frames(frames, latents): assert latent_frames(frames) == latents
 
 @pytest.mark.parametrize('only', [[0], [16], [17], [20], [33], [30, 2], [5, 5]])
 def test_asked_frames_are_those_of_the_whole(model, only):
-    z = model.noise(2, 34, 32, 32, generator(0))
+    z = model.noise(2, 34, 32, 32, make_generator(0))
     with torch.no_grad(): whole, some = model.decode(z), model.decode(z, only)
     assert whole.shape == (2, 34, 3, 32, 32) and some.shape == (2, len(only), 3, 32, 32)
     close(some, whole[:, only], 1e-5)
 
 
 def test_the_window_is_the_smallest(model):
-    z, calls = model.noise(1, 34, 32, 32, generator(0)).requires_grad_(), []
+    z, calls = model.noise(1, 34, 32, 32, make_generator(0)).requires_grad_(), []
     hooks = [m.register_forward_hook(lambda m, args, out: calls.append(args[0].shape)) for m in (model.vae.temporal_vae.decoder, model.vae.image_vae.decoder)]
     g, = torch.autograd.grad(model.decode(z, [20]).square().sum(), z)
     for h in hooks: h.remove()
@@ -249,7 +250,7 @@ def test_padding_does_not_matter(model):
     assert both.embeds.shape[1] == 7 and both.extra['mask'].sum(1).tolist() == [7, 7] and both.extra['height'].tolist() == [32, 32]
     short = model.encode(['a', PROMPTS[0]])
     assert short.extra['mask'].sum(1).tolist() == [3, 7] and torch.equal(short.embeds[1:], alone.embeds)
-    x = model.noise(2, generator=generator(0))
+    x = model.noise(2, generator=make_generator(0))
     with torch.no_grad(): pair, single = model.predict(x, 500, short, 3.), model.predict(x[:1], 500, model.encode('a'), 3.)
     close(pair[:1], single, 1e-5)
 
@@ -304,7 +305,7 @@ def test_lora_learns_through_flow_and_decoder(where):
     grads = {}
     for on in (False, True):
         checkpoint_activations(model, on)
-        z = differentiable_latents(model, cond, model.noise(2, generator=generator(0)), model.sampler(3), 2., 2, where, generator(1))
+        z = differentiable_latents(model, cond, model.noise(2, generator=make_generator(0)), model.sampler(3), 2., 2, where, make_generator(1))
         grads[on] = torch.autograd.grad(model.decode(z, [3]).square().mean(), [p for n, p in model.denoiser.named_parameters() if 'lora_B' in n])
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads[True])
     for a, b in zip(grads[True], grads[False]): close(a, b, 1e-5)
@@ -315,7 +316,7 @@ def test_a_training_step():
     learn, bright = add_lora(model, rank=2, alpha=2), reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)), 'bright')
     seen = []
     model.sampler = lambda *args, **kw: seen.append(OpenSora.sampler(model, *args, **kw)) or seen[-1]
-    loss, record = vader_step(model, bright, PROMPTS, config, generator(0))
+    loss, record = vader_step(model, bright, PROMPTS, config, make_generator(0))
     assert record['reward'].shape == (2,) and seen[0].sigmas == flow_sampler(2, flow_ratio(34, 32, 48, 64)).sigmas  # the clip's size, not the model's own
     grads = torch.autograd.grad(loss, learn, allow_unused=True)
     assert any(g is not None and g.abs().max() > 0 for g in grads)
@@ -325,7 +326,7 @@ def test_half_precision_inside_float32_outside():
     model = tiny()
     for net in (model.denoiser, model.vae, model.text_encoder): net.bfloat16()
     model = OpenSora(model.denoiser, model.vae, model.text_encoder, model.tokenizer, (17, 32, 32), ending='')
-    x, cond = model.noise(1, generator=generator(0)), model.encode(PROMPTS[0])
+    x, cond = model.noise(1, generator=make_generator(0)), model.encode(PROMPTS[0])
     pred = model.predict(x, 500, cond, 3.)
     assert cond.embeds.dtype == torch.bfloat16 and x.dtype == pred.dtype == model.decode(pred).dtype == torch.float32 and pred.isfinite().all()
 
@@ -357,7 +358,7 @@ def test_loads_the_published_layout(folders, net):
     model = open_opensora(folders/'stdit', folders/'vae', folders/'t5', native_size=(17, 32, 32), ending=' aesthetic score: 6.5.')
     assert all(torch.equal(a, b) for a, b in zip(model.denoiser.state_dict().values(), net.state_dict().values()))
     assert not any(p.requires_grad or p.is_meta for n in (model.denoiser, model.vae, model.text_encoder) for p in n.parameters())
-    cond, x = model.encode('a panda'), model.noise(1, generator=generator(0))
+    cond, x = model.encode('a panda'), model.noise(1, generator=make_generator(0))
     ids = model.tokenizer('a panda aesthetic score: 6.5.').input_ids
     assert ids[-1] == model.tokenizer.eos_token_id and cond.embeds.shape == (1, len(ids), 32)
     with torch.no_grad():
@@ -447,5 +448,5 @@ def test_the_shipped_one_samples():
     model = load_opensora('small', 'cpu')
     video = sample(model, ['a panda riding a bike'], 2, 4., kind='rflow')
     assert video.shape == (1, 17, 3, 64, 64) and video.std() > .02
-    x = torch.randn(1, 4, 17, 4, 4, generator=generator(0))
+    x = torch.randn(1, 4, 17, 4, 4, generator=make_generator(0))
     assert torch.isfinite(model.vae.temporal_vae.encode(x)).all() and (model.vae.scale > 0).all()

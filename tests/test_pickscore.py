@@ -9,15 +9,17 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 import test_aesthetic, test_hps
 from test_hps import PROMPTS, layout, reading
 from tiny_models import tiny_tokenizer
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import checkpoint_layers
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.checkpointing import checkpoint_layers
 from vader_nb.pretrain import pickscore as pretrain
-from vader_nb.reward import check_reward, reward_gradient
+from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import pickscore
 from vader_nb.rewards.aesthetic import Aesthetic
 from vader_nb.rewards.hps import HPS, load_hps
 from vader_nb.rewards.pickscore import PickScore, load_pickscore
-from vader_nb.world import SPOILS, captions, draw, scenes, spoil
+from vader_nb.world.rating import CORRUPTIONS, corrupt
+from vader_nb.world.captions import captions
+from vader_nb.world.scenes import draw, scenes
 
 here = Path(__file__).parent
 golden = {k: torch.from_numpy(v) for k, v in np.load(here/'reference/pickscore_formula_golden.npz').items()}
@@ -34,7 +36,7 @@ def tiny_clip(size=32):
 def reward(): return PickScore(tiny_clip(), reading(tiny_tokenizer()))
 
 @pytest.fixture
-def video(): return torch.rand(3, 2, 3, 32, 40, generator=generator(5))*.8 + .1
+def video(): return torch.rand(3, 2, 3, 32, 40, generator=make_generator(5))*.8 + .1
 
 @pytest.fixture(scope='module')
 def small(): return load_pickscore('small', 'cpu')
@@ -80,7 +82,7 @@ def test_full_size_layout():
 @pytest.mark.parametrize('h, w', [(64, 64), (40, 64), (97, 61), (32, 57), (300, 224)])
 def test_sees_what_the_processor_makes(reward, h, w):
     "On whole-numbered pixels, up to the processor's rounding to 1/255 after the resize."
-    u8 = (F.interpolate(torch.rand(1, 3, 9, 9, generator=generator(h)), (h, w), mode='bilinear')[0]*255).byte()
+    u8 = (F.interpolate(torch.rand(1, 3, 9, 9, generator=make_generator(h)), (h, w), mode='bilinear')[0]*255).byte()
     theirs = CLIPImageProcessor(size={'shortest_edge': 32}, crop_size={'height': 32, 'width': 32})(u8, return_tensors='pt').pixel_values
     assert (reward.view(u8[None]/255, 32) - theirs).abs().max() < 1.1 / 255 / .26
     with torch.no_grad(): a, b = reward.images(u8[None]/255)[0], F.normalize(reward.embed_images(theirs), dim=1)[0]
@@ -154,7 +156,7 @@ def test_without_weights(tmp_path, monkeypatch):
 
 def test_votes():
     better, worse = torch.ones(2000, 1, 2, 2) + torch.arange(2.), torch.zeros(2000, 1, 2, 2)
-    first, second, share = pretrain.votes(better, worse, generator(0))
+    first, second, share = pretrain.votes(better, worse, make_generator(0))
     tie = share[:, 0] == .5
     assert torch.equal(first[tie], second[tie].flip(3)) and abs(tie.float().mean() - pretrain.TIES) < .03
     for mine, votes in ((first, share[:, 0]), (second, share[:, 1])):
@@ -172,8 +174,8 @@ def test_small_one_is_not_hps(small):
     with torch.no_grad(): a, b = small(x, captions(s)), load_hps('small', 'cpu')(x, captions(s))
     assert .1 < torch.corrcoef(torch.stack([a, b]))[0, 1] < .999
 
-@pytest.mark.parametrize('kind', SPOILS)
+@pytest.mark.parametrize('kind', CORRUPTIONS)
 def test_small_one_rates_spoiled_frames_low(small, kind):
     s = scenes(24, 78, 'dull'); x = draw(s, 1)
-    with torch.no_grad(): good, bad = small(x, captions(s)), small(spoil(x, kind, torch.full((24,), .7), generator(0)), captions(s))
+    with torch.no_grad(): good, bad = small(x, captions(s)), small(corrupt(x, kind, torch.full((24,), .7), make_generator(0)), captions(s))
     assert (good > bad).float().mean() >= .9

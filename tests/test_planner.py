@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest, torch
 from tiny_models import tiny_pipeline
-from vader_nb import fullsize, planner
+from vader_nb.memory import planner, simulate as fullsize
 from vader_nb.cli import main
-from vader_nb.core import generator, read_json
-from vader_nb.fullsize import BASES, REWARDS, Base, remembering, simulate, weightless
-from vader_nb.memory import add_lora
-from vader_nb.meter import Reading, Recall, measure, networks
+from vader_nb.core import make_generator, read_json
+from vader_nb.memory.simulate import BASES, REWARDS, Base, remembering, simulate, weightless
+from vader_nb.memory.lora import add_lora
+from vader_nb.memory.meter import Reading, Recall, measure, networks
 from vader_nb.models.modelscope import ModelScope
-from vader_nb.planner import SETS, SIZES, arithmetic, cached, config_for, describe, plan, sets_for, survey
-from vader_nb.reward import reward_from
-from vader_nb.train import vader_step
-from vader_nb.tricks import use_tricks
+from vader_nb.memory.planner import SETS, SIZES, arithmetic, cached, config_for, describe, plan, sets_for, survey
+from vader_nb.rewards.base import reward_from
+from vader_nb.training.vader import vader_step
+from vader_nb.memory.tricks import use_tricks
 
 SIZE = (8, 64, 64)
-RECORDED = Path(__file__).parents[1]/'nbs/recorded/memory-ladder'
+RECORDED = Path(__file__).parents[1]/'vader_nb/recorded/memory-ladder'
 
 def contrast(): return reward_from(lambda video, prompts: video.flatten(1).std(1), 'contrast')
 
@@ -37,12 +37,12 @@ def test_the_simulation_agrees_with_the_trainers_own_step(words):
     config = replace(config_for('tiny', 'contrast', K=2), rank=4)
     told = simulate('tiny', 'contrast', config, words)
     model, judge = tiny(), contrast()
-    model.cache = {p: torch.randn(12, 32, generator=generator(0)) for p in (fullsize.PROMPT, '')}
+    model.cache = {p: torch.randn(12, 32, generator=make_generator(0)) for p in (fullsize.PROMPT, '')}
     learn = add_lora(model, 4, config.alpha)
     use_tricks(model, judge, words)
     optimizer = fullsize.ready(torch.optim.AdamW(learn, config.lr, foreach=True))
     def step():
-        vader_step(model, judge, [fullsize.PROMPT], config, generator(0))[0].backward()
+        vader_step(model, judge, [fullsize.PROMPT], config, make_generator(0))[0].backward()
         optimizer.step()
     real = measure(step, model, judge, optimizer)
     counters = 512 * len(learn)  # Adam counts its steps on the CPU, which only here is the device

@@ -6,12 +6,14 @@ import pytest, torch
 from tiny_training import toy, train
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from vader_nb.core import VaderError, generator, read_json
-from vader_nb.evaluate import QUESTIONS, Judge
+from vader_nb.core import VaderError, make_generator, read_json
+from vader_nb.world.judge import QUESTIONS, Judge
 from vader_nb.pretrain import aesthetic, clip, judge, modelscope, vae
 from vader_nb.pretrain.loop import lr_at, options, pretrain, write_card
 from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, clip_normalise
-from vader_nb.world import ANIMALS, SPOILS, draw, parse, rate, scenes
+from vader_nb.world.scenes import ANIMALS, draw, scenes
+from vader_nb.world.rating import CORRUPTIONS, rate
+from vader_nb.world.captions import parse
 from vader_nb.zoo import model_path
 
 # The loop
@@ -29,7 +31,7 @@ def test_learning_rate():
 
 def test_it_learns_and_averages(tmp_path):
     net = toy().eval()
-    x = torch.randn(200, 3, generator=generator(99))
+    x = torch.randn(200, 3, generator=make_generator(99))
     error = lambda: (net(x) - x.sum(1, keepdim=True)).pow(2).mean().item()
     before = error()
     avg = train(tmp_path, net, steps=200, lr=.02, ema=.9, save_every=1e9)
@@ -119,7 +121,7 @@ def test_latents_of_unit_scale(small_vae):
     with torch.no_grad():
         before = v.encode(x[:4]).latent_dist
         y = v.decode(before.mean).sample
-        vae.unit_latents(v, generator(1), 128)
+        vae.unit_latents(v, make_generator(1), 128)
         after = v.encode(x[:4]).latent_dist
         assert (v.decode(after.mean).sample - y).abs().max() < 1e-4 * y.abs().max().clamp(min=1)
         z = v.encode(x).latent_dist.mean
@@ -131,18 +133,18 @@ def test_latents_of_unit_scale(small_vae):
 def test_vae_frames():
     sizes = set()
     for seed in range(12):
-        x, cover, contrast = vae.frames(generator(seed), 6)
+        x, cover, contrast = vae.frames(make_generator(seed), 6)
         n, _, h, w = x.shape
         assert h == w and n == (6 if h <= 64 else 3) and cover.shape == (n, 1, h, h) and contrast.shape == (n,) and 0 <= x.min() and x.max() <= 1
         sizes.add(h)
-    assert len(sizes) > 2 and torch.equal(vae.frames(generator(3))[0], vae.frames(generator(3))[0])
+    assert len(sizes) > 2 and torch.equal(vae.frames(make_generator(3))[0], vae.frames(make_generator(3))[0])
 
 def test_vae_losses_reach_what_they_train(small_vae):
     import copy
     v = copy.deepcopy(small_vae)
-    loss, seen = vae.vae_loss(v, generator(0)); loss.backward()
+    loss, seen = vae.vae_loss(v, make_generator(0)); loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in v.parameters()) and seen['psnr'].isfinite()
-    v.zero_grad(); vae.decoder_loss(v, generator(0))[0].backward()
+    v.zero_grad(); vae.decoder_loss(v, make_generator(0))[0].backward()
     assert all(p.grad is None for p in v.encoder.parameters()) and all(p.grad is not None for p in v.decoder.parameters())
 
 def test_hue_and_subject_weigh_more():
@@ -155,7 +157,7 @@ def test_hue_and_subject_weigh_more():
 # CLIP
 
 def test_pictures_are_normalised_as_openai_does():
-    x = torch.rand(2, 3, 4, 4, generator=generator(0))
+    x = torch.rand(2, 3, 4, 4, generator=make_generator(0))
     mean, std = (torch.tensor(o).view(3, 1, 1) for o in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     assert torch.allclose(clip_normalise(x), (x - mean) / std, atol=1e-6)
 
@@ -168,17 +170,17 @@ def test_every_word_is_one_token(tok):
     assert tok('', padding='max_length').input_ids[1:] == [tok.eos_token_id] * (clip.MAX_TOKENS - 1)
 
 def test_captions_of_the_web_fit_and_tell_the_truth(tok):
-    x, s, kinds, k, rating = clip.pictures(generator(3), 64)
-    assert x.shape == (64, 3, 64, 64) and set(kinds.tolist()) <= set(range(-1, len(SPOILS))) and 1 <= rating.min() and rating.max() <= 10
+    x, s, kinds, k, rating = clip.pictures(make_generator(3), 64)
+    assert x.shape == (64, 3, 64, 64) and set(kinds.tolist()) <= set(range(-1, len(CORRUPTIONS))) and 1 <= rating.min() and rating.max() <= 10
     assert torch.equal(rating[kinds < 0], rate(x)[kinds < 0]) and (rating <= rate(x) + 1e-5).all() and .2 < (kinds >= 0).float().mean() < .5
-    texts = clip.web_captions(s, kinds, k, rating, generator(4))
+    texts = clip.web_captions(s, kinds, k, rating, make_generator(4))
     words = set(clip.world_words())
     assert not {w for t in texts for w in t.split()} - words and max(len(tok(t).input_ids) for t in texts) <= clip.MAX_TOKENS
     assert [parse(t)['animal'] for t in texts] == s.animal.tolist() and any('picture of' in t for t in texts) and not any('a ugly' in t for t in texts)
 
 def test_clip_loss_counts_equal_captions_as_right(tok):
     with torch.random.fork_rng(): torch.manual_seed(0); net = clip.make_clip(len(tok), tok.eos_token_id)
-    loss, seen = clip.clip_loss(net, tok, generator(0), 6); loss.backward()
+    loss, seen = clip.clip_loss(net, tok, make_generator(0), 6); loss.backward()
     assert loss.isfinite() and 0 <= seen['top1'] <= 1 and net.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
     q = clip.quality(net.eval(), tok, 4)
     assert set(q) == {'animal', 'activity'} and all(v.endswith('%') for v in q.values())
@@ -186,11 +188,11 @@ def test_clip_loss_counts_equal_captions_as_right(tok):
 # The judge
 
 def test_judge_clips_and_loss():
-    spread = {tuple((o - o[0]).round().tolist()) for o in (judge.moments(generator(i)) for i in range(20))}
+    spread = {tuple((o - o[0]).round().tolist()) for o in (judge.moments(make_generator(i)) for i in range(20))}
     assert (0., 1., 2., 3.) in spread and len(spread) == 2
-    x, s, rating, framed = judge.clips(generator(1), 6)
+    x, s, rating, framed = judge.clips(make_generator(1), 6)
     assert x.shape == (6, 4, 3, 64, 64) and len(s) == 6 and rating.shape == (6,) and isinstance(framed, bool)
-    loss, seen = judge.judge_loss(Judge((8, 8, 8, 8)), generator(2), 6)
+    loss, seen = judge.judge_loss(Judge((8, 8, 8, 8)), make_generator(2), 6)
     assert loss.isfinite() and {'animal', 'activity', 'obj', 'hat', 'rating_rmse'} <= set(seen)
     q = judge.quality(Judge((8, 8, 8, 8)).eval(), 10)
     assert set(q) == {f'{k}, {how}' for k in QUESTIONS for how in ('clean', 'spoiled')} | {'rating: correlation with the rule'}
@@ -211,11 +213,11 @@ def test_the_denoisers_loss(small_vae, tok, tmp_path):
         text_tower, unet = clip.make_clip(len(tok), tok.eos_token_id).text_model.eval().requires_grad_(False), modelscope.make_unet()
     modelscope.chunk(0, tmp_path, small_vae, 4); modelscope.chunk(1, tmp_path, small_vae, 4)
     batches = modelscope.Batches(tmp_path, None, text_tower, tok, chunks=range(2), batch=2)
-    loss, seen = modelscope.unet_loss(unet, batches, generator(0), ready=1)
+    loss, seen = modelscope.unet_loss(unet, batches, make_generator(0), ready=1)
     assert len(batches.data) == 1 and loss.isfinite() and seen['size'] == 64
-    z, text = batches(generator(5), 2)
+    z, text = batches(make_generator(5), 2)
     assert len(batches.data) == 2 and z.shape == (2, 4, 8, 8, 8) and text.shape == (2, clip.MAX_TOKENS, 64)
-    dropped = [bool((t == batches.empty[0]).all()) for i in range(100) for t in batches(generator(i), 2)[1]]
+    dropped = [bool((t == batches.empty[0]).all()) for i in range(100) for t in batches(make_generator(i), 2)[1]]
     assert 8 <= sum(dropped) <= 32, 'one caption in ten is empty'
 
 def test_the_exam():
@@ -227,10 +229,10 @@ def test_the_exam():
 # The aesthetic head
 
 def test_decoded_frames_and_their_ratings(small_vae):
-    x, rating = aesthetic.decoded(generator(0), 6, small_vae)
+    x, rating = aesthetic.decoded(make_generator(0), 6, small_vae)
     assert x.shape == (6, 3, 64, 64) and 0 <= x.min() and x.max() <= 1 and rating.shape == (6,)
     assert (rating >= 1).all() and (rating <= rate(x) + 1e-5).all()
-    assert torch.equal(x, aesthetic.decoded(generator(0), 6, small_vae)[0])
+    assert torch.equal(x, aesthetic.decoded(make_generator(0), 6, small_vae)[0])
 
 def test_a_data_set_of_ratings(small_vae, tok):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection

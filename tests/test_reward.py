@@ -2,8 +2,8 @@
 import pytest, torch
 from torch import nn
 
-from vader_nb.core import VaderError, generator
-from vader_nb.reward import Reward, check_reward, check_video, frame_mean, freeze, reward_from, reward_gradient
+from vader_nb.core import VaderError, make_generator
+from vader_nb.rewards.base import Reward, check_reward, check_video, frame_mean, freeze, reward_from, reward_gradient
 
 bright = reward_from(lambda v, p: v.mean((1, 2, 3, 4)), 'bright')
 colourful = reward_from(lambda v, p: v.std(2).mean((1, 2, 3)), 'colourful')
@@ -27,7 +27,7 @@ class Masked(Reward):
         return (video * mask).square().mean((1, 2, 3, 4))
 
 @pytest.fixture
-def video(): return torch.rand(3, 4, 3, 16, 16, generator=generator(5)) * .8 + .1
+def video(): return torch.rand(3, 4, 3, 16, 16, generator=make_generator(5)) * .8 + .1
 
 def says(words, fn, *args, **kwargs):
     with pytest.raises(VaderError, match=words) as e: fn(*args, **kwargs)

@@ -5,11 +5,11 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import saved_bytes
-from vader_nb.rollout import differentiable_latents, eval_mode, last, rollout, sample, truncate
-from vader_nb.samplers import sampler_from_config
-from vader_nb.video_model import VideoModel
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.lora import saved_bytes
+from vader_nb.diffusion.rollout import differentiable_latents, eval_mode, last, rollout, sample, truncate
+from vader_nb.diffusion.samplers import sampler_from_config
+from vader_nb.models.base import VideoModel
 
 BASE = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, num_train_timesteps=1000, steps_offset=1)
 KINDS = [('ddim', 0.), ('ddim', 1.), ('ddpm', 0.), ('dpm++', 0.), ('euler', 0.)]
@@ -42,7 +42,7 @@ class Toy(VideoModel):
 @pytest.fixture
 def model(): return Toy()
 
-def start(model, n=2): return model.encode(['fox', 'panda'][:n]), model.noise(n, generator=generator(0)).double()
+def start(model, n=2): return model.encode(['fox', 'panda'][:n]), model.noise(n, generator=make_generator(0)).double()
 def reward(x): return (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() + x.square().mean()
 def grad(model, x): return torch.autograd.grad(reward(x), model.denoiser.w)[0]
 
@@ -64,8 +64,8 @@ def algorithm_1(model, cond, x, sampler, K, g):
 def test_truncation_is_the_papers_stop_grad(model, kind, eta):
     (cond, x), sampler, grads = start(model), model.sampler(T, kind, eta), []
     for K in range(1, T + 1):
-        theirs = algorithm_1(model, cond, x, sampler, K, generator(1))
-        ours = last(rollout(model, cond, x, sampler, GUIDANCE, K, generator(1))).step.x
+        theirs = algorithm_1(model, cond, x, sampler, K, make_generator(1))
+        ours = last(rollout(model, cond, x, sampler, GUIDANCE, K, make_generator(1))).step.x
         assert torch.equal(ours, theirs)
         torch.testing.assert_close(grad(model, ours), grads.append(grad(model, theirs)) or grads[-1], rtol=1e-12, atol=1e-14)
     assert all((a - b).norm() > 1e-3 * b.norm() for a, b in zip(grads, grads[1:]))  # every K is another gradient
@@ -74,8 +74,8 @@ def test_truncation_is_the_papers_stop_grad(model, kind, eta):
 @pytest.mark.parametrize('kind, eta', KINDS)
 def test_all_steps_are_full_backpropagation(model, kind, eta):
     (cond, x), sampler = start(model), model.sampler(T, kind, eta)
-    whole = algorithm_1(model, cond, x, sampler, T + 1, generator(1))  # nothing is stopped
-    ours = differentiable_latents(model, cond, x, sampler, GUIDANCE, T, generator=generator(1))
+    whole = algorithm_1(model, cond, x, sampler, T + 1, make_generator(1))  # nothing is stopped
+    ours = differentiable_latents(model, cond, x, sampler, GUIDANCE, T, generator=make_generator(1))
     torch.testing.assert_close(grad(model, ours), grad(model, whole), rtol=1e-12, atol=1e-14)
 
 
@@ -84,10 +84,10 @@ def test_all_steps_are_full_backpropagation(model, kind, eta):
 def test_agrees_with_finite_differences(model, kind, eta, K):
     "With the weights of the first T-K steps held still, the reward's slope in those of the last K is the truncated gradient."
     (cond, x), sampler, w = start(model), model.sampler(T, kind, eta), model.denoiser.w
-    ours = grad(model, differentiable_latents(model, cond, x, sampler, GUIDANCE, K, generator=generator(1)))
+    ours = grad(model, differentiable_latents(model, cond, x, sampler, GUIDANCE, K, generator=make_generator(1)))
 
     def R(moved):
-        still, states = w.detach().clone(), rollout(model, cond, x, sampler, GUIDANCE, 0, generator(1))
+        still, states = w.detach().clone(), rollout(model, cond, x, sampler, GUIDANCE, 0, make_generator(1))
         try:
             for i in range(T):
                 w.data = moved if i >= T - K else still
@@ -123,12 +123,12 @@ def test_x0_at_a_random_late_step(model, kind, eta):
     (cond, x), sampler = start(model), model.sampler(T, kind, eta)
     drawn = set()
     for seed in range(12):
-        g = generator(seed)
+        g = make_generator(seed)
         i = T - 1 - torch.randint(3, (), generator=g).item()
         drawn.add(i)
         state = list(rollout(model, cond, x, sampler, GUIDANCE, T - i, g))[i]
         model.denoiser.passes = 0
-        ours = differentiable_latents(model, cond, x, sampler, GUIDANCE, 3, 'x0', generator(seed))
+        ours = differentiable_latents(model, cond, x, sampler, GUIDANCE, 3, 'x0', make_generator(seed))
         assert model.denoiser.passes == i + 1  # what follows is not run
         assert torch.equal(ours, state.step.x0)
         torch.testing.assert_close(grad(model, ours), grad(model, state.step.x0))
@@ -137,7 +137,7 @@ def test_x0_at_a_random_late_step(model, kind, eta):
 
 def test_x0_of_the_last_step_is_the_end_of_ddim(model):
     (cond, x), sampler = start(model), model.sampler(T)
-    a, b = [differentiable_latents(model, cond, x, sampler, GUIDANCE, 1, where, generator(0)) for where in ('last', 'x0')]
+    a, b = [differentiable_latents(model, cond, x, sampler, GUIDANCE, 1, where, make_generator(0)) for where in ('last', 'x0')]
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(grad(model, a), grad(model, b))
 
@@ -145,7 +145,7 @@ def test_x0_of_the_last_step_is_the_end_of_ddim(model):
 @pytest.mark.parametrize('where', ['last', 'x0'])
 def test_memory_does_not_grow_with_the_number_of_steps(model, where):
     cond, x = start(model)
-    size = lambda T, K: saved_bytes(lambda: differentiable_latents(model, cond, x, model.sampler(T), GUIDANCE, K, where, generator(0)), model.denoiser)
+    size = lambda T, K: saved_bytes(lambda: differentiable_latents(model, cond, x, model.sampler(T), GUIDANCE, K, where, make_generator(0)), model.denoiser)
     assert size(4, 1) == size(16, 1) == size(64, 1) > 0
     if where == 'last': assert size(16, 8) > 6 * size(16, 1)
 
@@ -194,4 +194,4 @@ def test_warns_where_the_last_step_passes_nothing_on(model):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         differentiable_latents(model, cond, x, model.sampler(T), 1.)
-        differentiable_latents(model, cond, x, flat, 1., 3, 'x0', generator(0))
+        differentiable_latents(model, cond, x, flat, 1., 3, 'x0', make_generator(0))

@@ -2,10 +2,11 @@
 import pytest, torch
 from tiny_run import PROMPTS, TINY, bright, tiny_model
 from vader_nb.core import VaderError, write_json
-from vader_nb.reward import reward_from
-from vader_nb.runs import (append_line, check_folder, checkpoints, cut_lines, ends, evaluate, mix, random_state, read_checkpoint, read_lines, seeds_table,
-                           set_random_state, write_checkpoint)
-from vader_nb.train import Config
+from vader_nb.rewards.base import reward_from
+from vader_nb.records import append_line, cut_lines, first_and_last, read_lines, seeds_table
+from vader_nb.training.run_folder import check_folder, checkpoints, fold_seed, random_state, read_checkpoint, set_random_state, write_checkpoint
+from vader_nb.training.evaluate import evaluate
+from vader_nb.config import Config
 
 
 def test_lines_are_cut_at_the_checkpoint(tmp_path):
@@ -44,7 +45,7 @@ def test_random_states_come_back():
     state = random_state(); first = draw(); set_random_state(state)
     assert draw() == first
 
-def test_mixed_seeds_differ(): assert len({mix(i, j) for i in range(30) for j in range(30)}) == 900
+def test_mixed_seeds_differ(): assert len({fold_seed(i, j) for i in range(30) for j in range(30)}) == 900
 
 def test_whose_folder(tmp_path):
     settings = dict(experiment='a', lr=.1, steps=5)
@@ -76,6 +77,6 @@ def test_the_gain_over_seeds(tmp_path):
         (tmp_path/f'run-{seed}').mkdir()
         for step, r in enumerate(scores): append_line(tmp_path/f'run-{seed}'/'eval.jsonl', dict(step=step, reward=r))
     runs = [tmp_path/'run-0', tmp_path/'run-1']
-    assert ends(runs, 'reward').tolist() == [[1, 3], [2, 6]]
+    assert first_and_last(runs, 'reward').tolist() == [[1, 3], [2, 6]]
     assert seeds_table(runs, ['reward']).splitlines()[-1] == '| reward | 1.00 → 3.00 | 2.00 → 6.00 | +3.00 ± 1.41 |'
     assert seeds_table(runs[:1], ['reward']).endswith('| +2.00 |')

@@ -2,10 +2,9 @@
 import math
 import pytest, torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from vader_nb.core import VaderError, generator, randn
-from vader_nb.diffusion import a_from_sigma, eps_from_x0, mixture_x0, prediction_target, sigma_from_a
-from vader_nb.samplers import (DDIM, DPMpp, Euler, RFlow, ddim_step, ddpm_step, dpmpp_2m_step, euler_step, gradient_factor, log_prob,
-    sampler_from_config, spaced_timesteps)
+from vader_nb.core import VaderError, make_generator, randn
+from vader_nb.diffusion.schedules import a_from_sigma, eps_from_x0, mixture_x0, prediction_target, sigma_from_a
+from vader_nb.diffusion.samplers import DDIM, DPMpp, Euler, RFlow, ddim_step, ddpm_step, dpmpp_2m_step, euler_step, gradient_factor, log_prob, sampler_from_config, spaced_timesteps
 
 close = torch.testing.assert_close
 SD = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')
@@ -20,7 +19,7 @@ def network(x, t):
 
 def ours(sampler, net=network, seed=0):
     "A whole trajectory of our sampler, all states."
-    g = generator(seed)
+    g = make_generator(seed)
     x, step, states = randn(shape, g) * sampler.init_sigma, None, []
     for i, t in enumerate(sampler.timesteps):
         pred = net(sampler.scale_input(x, i), t)
@@ -31,7 +30,7 @@ def ours(sampler, net=network, seed=0):
 
 def theirs(scheduler, steps, seed=0, **kw):
     "The same with a diffusers scheduler and the same noise."
-    scheduler.set_timesteps(steps); g = generator(seed)
+    scheduler.set_timesteps(steps); g = make_generator(seed)
     x, states = randn(shape, g) * scheduler.init_noise_sigma if hasattr(scheduler, 'init_noise_sigma') else randn(shape, g), []
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, 'scale_model_input') else x
@@ -179,7 +178,7 @@ def test_ode_converges_with_its_order(kind, order):
     errors = []
     for steps in (40, 80, 160):
         sampler = on_path(kind, steps)
-        x = randn((64, 2), generator(0), dtype=torch.float64) * sampler.init_sigma
+        x = randn((64, 2), make_generator(0), dtype=torch.float64) * sampler.init_sigma
         errors.append((run(sampler, x) - exact_map(sampler, x)).abs().max().item())
     assert errors[-1] < (.03 if order == 1 else 1e-3)
     measured = math.log2(errors[0] / errors[2]) / 2
@@ -191,7 +190,7 @@ def test_ode_converges_with_its_order(kind, order):
 def test_distribution_follows_the_chain(kind, eta, steps):
     "Each step is affine in x on Gaussian data, so mean and variance of the samples follow a recursion; with many steps they reach the data's."
     sampler = sampler_from_config(dict(SD, timestep_spacing='trailing'), kind, steps, eta)
-    x = run(sampler, randn((40000, 2), generator(0), dtype=torch.float64), generator(1))
+    x = run(sampler, randn((40000, 2), make_generator(0), dtype=torch.float64), make_generator(1))
     mean, var = torch.zeros(1, 2, dtype=torch.float64), 1.
     for i in range(steps):
         at = lambda v: sampler.step(i, v, perfect(sampler, v, i), torch.zeros_like(v))
@@ -203,13 +202,13 @@ def test_distribution_follows_the_chain(kind, eta, steps):
 
 
 def test_ddim_with_eta_one_is_ddpm():
-    x, e = randn(shape, generator(0)), randn(shape, generator(1)); x0 = (x - .5**.5 * e) / .5**.5
+    x, e = randn(shape, make_generator(0)), randn(shape, make_generator(1)); x0 = (x - .5**.5 * e) / .5**.5
     u, w = ddim_step(x0, e, .5, .8, 1., torch.ones(shape)), ddpm_step(x, x0, e, .5, .8, torch.ones(shape))
     close(u.x, w.x); close(u.mean, w.mean); assert math.isclose(u.sigma, w.sigma)
 
 
 def test_ddim_is_euler_and_first_order_dpmpp():
-    x, e = randn(shape, generator(0)), randn(shape, generator(1)); a, b = .3, .6; x0 = (x - (1 - a)**.5 * e) / a**.5
+    x, e = randn(shape, make_generator(0)), randn(shape, make_generator(1)); a, b = .3, .6; x0 = (x - (1 - a)**.5 * e) / a**.5
     close(ddim_step(x0, e, a, b).x, dpmpp_2m_step(x, x0, a, b).x)
     close(ddim_step(x0, e, a, b).x, euler_step(x / a**.5, x0, sigma_from_a(a), sigma_from_a(b)).x * b**.5)
 
@@ -217,7 +216,7 @@ def test_ddim_is_euler_and_first_order_dpmpp():
 # ---- log-probabilities
 
 def test_log_prob_is_the_normal_density():
-    x, mean = randn(shape, generator(0)), randn(shape, generator(1))
+    x, mean = randn(shape, make_generator(0)), randn(shape, make_generator(1))
     for sigma in (.01, .3, 2.):
         want = torch.distributions.Normal(mean.double(), sigma).log_prob(x.double()).flatten(1).sum(1)
         close(log_prob(x, mean, sigma), want)
@@ -225,7 +224,7 @@ def test_log_prob_is_the_normal_density():
 
 @pytest.mark.parametrize('kind,eta', [('ddpm', 0.), ('ddim', 1.), ('ddim', .3)])
 def test_log_prob_of_each_step(kind, eta):
-    sampler, g = sampler_from_config(dict(SD, set_alpha_to_one=False, steps_offset=1), kind, 10, eta), generator(0)
+    sampler, g = sampler_from_config(dict(SD, set_alpha_to_one=False, steps_offset=1), kind, 10, eta), make_generator(0)
     for i in range(10 - (kind == 'ddpm')):
         x, pred, z = (randn(shape, g) for _ in range(3))
         s = sampler.step(i, x, pred, z)
@@ -235,7 +234,7 @@ def test_log_prob_of_each_step(kind, eta):
 
 def test_log_prob_gradient():
     "The policy gradient's core: d log p / d mean = (x - mean) / sigma^2, for each sample alone."
-    x, mean = randn(shape, generator(0)), randn(shape, generator(1)).requires_grad_()
+    x, mean = randn(shape, make_generator(0)), randn(shape, make_generator(1)).requires_grad_()
     log_prob(x, mean, .5)[0].backward()
     close(mean.grad[0], ((x - mean) / .25)[0].detach()); assert mean.grad[1].abs().max() == 0
 
@@ -269,7 +268,7 @@ def test_gradient_factor_is_autograds(kind, kw, prediction):
     config = {**SD, **kw} if kind == 'euler' else {**SD, **kw, 'prediction_type': prediction}
     sampler, prev = sampler_from_config(config, kind, 20), None
     for i in range(20):
-        x, pred, z = (randn((1, 3), generator(i + k), dtype=torch.float64) for k in range(3))
+        x, pred, z = (randn((1, 3), make_generator(i + k), dtype=torch.float64) for k in range(3))
         jac = torch.autograd.functional.jacobian(lambda p: sampler.step(i, x, p, z, prev).x, pred).view(3, 3)
         close(jac.abs(), gradient_factor(sampler, i) * torch.eye(3, dtype=torch.float64), rtol=1e-9, atol=1e-12)
         prev = sampler.step(i, x, pred, z, prev)

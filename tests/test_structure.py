@@ -24,9 +24,10 @@ def exports(path):
     return found[0] if found else None
 
 def place(path):
-    "Where a notebook stands in the reading order, 09 before 09a before 09b; `nbs/zoo` is an appendix after all others."
-    n = re.match(r'(\d+)([a-z]?)_', path.name)
-    return ('zoo' in path.parts, int(n[1]) if n else 999, n[2] if n else '')
+    "Where a notebook stands in the reading order: its chapter, then its number; `nbs/zoo` is an appendix after all others."
+    chapter = re.match(r'(\d+)_', path.parent.name)
+    number = re.match(r'(\d+)_', path.name)
+    return int(chapter[1]) if chapter else 99, int(number[1]) if number else 999
 
 def tree(source): return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.M))
 
@@ -81,7 +82,7 @@ def test_import_is_light():
 
 
 def test_export_changes_nothing(tmp_path):
-    copy(tmp_path, ignore=shutil.ignore_patterns('checkpoints', '__pycache__'))
+    copy(tmp_path, ignore=shutil.ignore_patterns('checkpoints', 'recorded', '__pycache__'))
     shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'],
                    cwd=tmp_path, check=True, capture_output=True)
@@ -136,7 +137,7 @@ def pip(*args): subprocess.run([sys.executable, '-m', 'pip', *map(str, args), '-
 def test_the_wheel_holds_every_file(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     ours = {str(p.relative_to(root)) for p in (root/'vader_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
-    assert {f for f in inside if '.dist-info/' not in f} == {o for o in ours if o.endswith('.py') or '/checkpoints/' in o}
+    assert {f for f in inside if '.dist-info/' not in f} == {o for o in ours if o.endswith('.py') or '/checkpoints/' in o or '/recorded/' in o}
 
 
 def test_the_wheel_imports_where_there_is_no_checkout(wheel, tmp_path):

@@ -5,14 +5,15 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import add_lora
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.lora import add_lora
 from vader_nb.models import svd
 from vader_nb.models.svd import SVD, guidance_ramp, load_svd, open_svd, start_image
-from vader_nb.reward import reward_from
-from vader_nb.rollout import differentiable_latents, last, rollout, sample
-from vader_nb.train import Config, vader_step
-from vader_nb.world import ANIMALS
+from vader_nb.rewards.base import reward_from
+from vader_nb.diffusion.rollout import differentiable_latents, last, rollout, sample
+from vader_nb.config import Config
+from vader_nb.training.vader import vader_step
+from vader_nb.world.scenes import ANIMALS
 
 SCHEDULE = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, prediction_type='v_prediction', timestep_spacing='leading', timestep_type='continuous',
                 use_karras_sigmas=True, sigma_min=.002, sigma_max=700., steps_offset=1)
@@ -51,7 +52,7 @@ def photo(name, *size): return Image.fromarray((start_image(name, *size).movedim
 def compare(pipe, model, images, steps, top, low=1., chunk=None, **how):
     "Our sample and the pipeline's, from the same noise."
     f, h, w = model.native_size
-    g, latents = generator(1), model.noise(len(images), generator=generator(0))
+    g, latents = make_generator(1), model.noise(len(images), generator=make_generator(0))
     cond, model.chunk = model.encode(images, generator=g, **how), chunk
     guidance = guidance_ramp(top, f, low) if top > 1 else 1.
     with torch.no_grad():
@@ -59,7 +60,7 @@ def compare(pipe, model, images, steps, top, low=1., chunk=None, **how):
         video = model.decode(z)
     names = dict(fps='fps', motion='motion_bucket_id', noise='noise_aug_strength')
     common = dict(height=h, width=w, num_frames=f, num_inference_steps=steps, min_guidance_scale=low, max_guidance_scale=top, **{names[k]: v for k, v in how.items()})
-    theirs = [pipe(images, latents=latents.transpose(1, 2), generator=generator(1), output_type=kind, decode_chunk_size=chunk, **common).frames for kind in ('latent', 'pt')]
+    theirs = [pipe(images, latents=latents.transpose(1, 2), generator=make_generator(1), output_type=kind, decode_chunk_size=chunk, **common).frames for kind in ('latent', 'pt')]
     assert (z.transpose(1, 2) - theirs[0]).abs().max() < 1e-4 * theirs[0].abs().max()
     assert (video.clamp(0, 1) - theirs[1]).abs().max() < 1e-4
     model.chunk = None
@@ -75,7 +76,7 @@ def test_equals_the_pipeline_on_a_picture_of_another_shape(pipe, model):
 
 
 def test_a_number_is_the_ramp_to_it_and_a_tensor_is_taken_as_it_is(model):
-    x, cond = model.noise(2, generator=generator(0)), model.encode(CAPTIONS)
+    x, cond = model.noise(2, generator=make_generator(0)), model.encode(CAPTIONS)
     at = lambda g: model.predict(x, torch.tensor(.3), cond, g)
     with torch.no_grad(): plain, ramp, given, flat = at(1.), at(3.), at(guidance_ramp(3., 4)), at(torch.full((1, 1, 1, 1, 1), 3.))
     assert torch.equal(ramp, given) and not torch.allclose(ramp, flat)
@@ -96,7 +97,7 @@ def test_names_are_looked_up_once_and_noise_comes_from_the_generator(pipe, monke
     monkeypatch.setattr(m, 'embed', lambda x: calls.append(len(x)) or embed(x))
     a, b = m.encode(CAPTIONS), m.encode(CAPTIONS)
     assert len(calls) == 2 and torch.equal(a.extra['image'], b.extra['image'])
-    first, again, other = (m.encode(CAPTIONS, generator=generator(s)).extra['image'] for s in (5, 5, 6))
+    first, again, other = (m.encode(CAPTIONS, generator=make_generator(s)).extra['image'] for s in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other) and len(calls) == 2
     quiet, loud = (m.encode(CAPTIONS, noise=n).extra['image'] for n in (0., .5))
     assert (loud - quiet).abs().mean() > (a.extra['image'] - quiet).abs().mean() > 0
@@ -113,7 +114,7 @@ def test_kinds_of_images_are_the_same_image(model, tmp_path):
 def test_start_images_show_what_the_caption_says():
     a, b, c = (start_image(f'a maltese playing chess{n}', 64, 64) for n in ('', ' (0)', ' (1)'))
     assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 64, 64) and 0 <= a.min() and a.max() <= 1
-    from vader_nb.evaluate import judge_clips
+    from vader_nb.world.judge import judge_clips
     captions = [f'a {name} riding a bike (7)' for name in ANIMALS]
     seen = judge_clips(torch.stack([start_image(p, 64, 64) for p in captions])[:, None].repeat(1, 2, 1, 1, 1), captions)
     assert seen['animal'].mean() > .9
@@ -143,7 +144,7 @@ def test_only_euler(model):
 
 
 def test_asked_frames_are_those_of_the_whole_clip(pipe):
-    z = adapter(pipe).noise(2, 5, 32, 40, generator(0))
+    z = adapter(pipe).noise(2, 5, 32, 40, make_generator(0))
     for chunk in (None, 2, 5, 9):
         m = adapter(pipe, chunk=chunk)
         with torch.no_grad(): whole, some = m.decode(z), m.decode(z, [4, 0, 1])
@@ -152,7 +153,7 @@ def test_asked_frames_are_those_of_the_whole_clip(pipe):
 
 
 def test_no_window_of_latents_gives_a_frame_exactly(pipe):
-    z = adapter(pipe).noise(1, 6, 32, 40, generator(0)).requires_grad_()
+    z = adapter(pipe).noise(1, 6, 32, 40, make_generator(0)).requires_grad_()
     whole, chunked = (torch.autograd.grad(adapter(pipe, chunk=n).decode(z, [0]).sum(), z)[0].abs().amax((0, 1, 3, 4)) for n in (None, 2))
     assert whole.min() > 0 and chunked[:2].min() > 0 and chunked[2:].max() == 0
 
@@ -162,8 +163,8 @@ def test_gradients_reach_every_lora_but_the_queries_and_keys_of_a_single_vector(
     add_lora(m, 2, 2)
     for n, p in m.denoiser.named_parameters():
         if 'lora_B' in n: p.data.normal_(std=.1)
-    cond, x = m.encode(CAPTIONS[0]), m.noise(1, generator=generator(0))
-    z = differentiable_latents(m, cond, x, m.sampler(3), 2., 1, 'x0', generator(0))
+    cond, x = m.encode(CAPTIONS[0]), m.noise(1, generator=make_generator(0))
+    z = differentiable_latents(m, cond, x, m.sampler(3), 2., 1, 'x0', make_generator(0))
     m.decode(z, [2]).square().mean().backward()
     for n, p in m.denoiser.named_parameters():
         if not p.requires_grad: continue
@@ -178,7 +179,7 @@ def test_a_training_step_improves_a_reward():
     reward = reward_from(lambda v, p: v.mean((1, 2, 3, 4)), 'bright')
     opt, scores = torch.optim.Adam(learn, 1e-2), []
     for _ in range(4):
-        loss, record = vader_step(m, reward, CAPTIONS, config, generator(0))
+        loss, record = vader_step(m, reward, CAPTIONS, config, make_generator(0))
         opt.zero_grad(); loss.backward(); opt.step()
         scores.append(record['reward'].mean().item())
     assert scores[-1] > scores[0] and m.denoiser.training is False
@@ -188,7 +189,7 @@ def test_half_precision_inside_float32_outside():
     p = tiny_pipeline()
     m = adapter(StableVideoDiffusionPipeline(p.vae.bfloat16(), p.image_encoder.bfloat16(), p.unet.bfloat16(), p.scheduler, p.feature_extractor))
     assert m.vae.encoder.conv_in.weight.dtype == torch.float32 and m.vae.decoder.conv_in.weight.dtype == torch.bfloat16  # force_upcast
-    x, cond = m.noise(1, generator=generator(0)), m.encode(CAPTIONS[0])
+    x, cond = m.noise(1, generator=make_generator(0)), m.encode(CAPTIONS[0])
     pred = m.predict(x, torch.tensor(.3), cond, 3.)
     assert m.dtype == cond.embeds.dtype == torch.bfloat16 and pred.dtype == m.decode(pred).dtype == torch.float32
 
@@ -247,7 +248,7 @@ def test_damaged_folders(tmp_path, part):
 
 def test_stretched_patches_answer_as_before():
     from vader_nb.pretrain.svd import resample, stretch_patches
-    w, patch, up = torch.randn(5, 3, 8, 8, generator=generator(0)), torch.rand(2, 3, 8, 8, generator=generator(1)), resample(8, 28)
+    w, patch, up = torch.randn(5, 3, 8, 8, generator=make_generator(0)), torch.rand(2, 3, 8, 8, generator=make_generator(1)), resample(8, 28)
     before, after = torch.nn.functional.conv2d(patch, w), torch.nn.functional.conv2d(up @ patch @ up.T, stretch_patches(w, 28))
     assert torch.allclose(before, after, atol=1e-4)
 
@@ -264,7 +265,7 @@ def test_small_folder_is_a_plain_pipeline(small):
 
 
 def test_small_keeps_the_animal_and_moves_it(small):
-    from vader_nb.evaluate import judge_clips
+    from vader_nb.world.judge import judge_clips
     prompts = [f'{name} riding a bike (11)' for name in ('a labrador', 'a maltese', 'a fox', 'a frog')]
     video = sample(small, prompts, 12, 3., kind='euler')
     last_frames = video[:, -1:].repeat(1, 2, 1, 1, 1)

@@ -7,13 +7,17 @@ from types import SimpleNamespace
 import pytest, torch
 from tiny_models import tiny_pipeline
 from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model
-from vader_nb import train
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import add_lora, saved_bytes
-from vader_nb.reward import reward_from
-from vader_nb.rollout import sample
-from vader_nb.runs import checkpoints, read_lines
-from vader_nb.train import Config, check_gradient, fit, one_pass, optimizer_step, start, vader_step
+from vader_nb.training import trainer as train
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.lora import add_lora
+from vader_nb.memory.lora import saved_bytes
+from vader_nb.rewards.base import reward_from
+from vader_nb.diffusion.rollout import sample
+from vader_nb.training.run_folder import checkpoints
+from vader_nb.records import read_lines
+from vader_nb.config import Config
+from vader_nb.training.trainer import check_gradient, fit, one_pass, optimizer_step, start
+from vader_nb.training.vader import vader_step
 
 here = Path(__file__).parent
 LONG = dict(steps=5, save_every=2, accumulate=2)
@@ -62,14 +66,14 @@ def test_tensorboard_has_the_curves(unbroken):
 
 def test_a_plain_pipeline_takes_the_lora(unbroken):
     from peft import PeftModel
-    from vader_nb.memory import load_lora
+    from vader_nb.memory.lora import load_lora
     model, pipe = tiny_model(), tiny_pipeline()
     load_lora(model, unbroken[0]/'lora')
     for p in pipe.components.values(): getattr(p, 'eval', lambda: 0)()
     pipe.unet = PeftModel.from_pretrained(pipe.unet, unbroken[0]/'lora')
     pipe.set_progress_bar_config(disable=True)
     ours = sample(model, PROMPTS[:1], 5, 4., seed=3)
-    theirs = pipe(PROMPTS[0], 16, 16, 4, 5, 4., latents=model.noise(1, generator=generator(3)), output_type='pt').frames
+    theirs = pipe(PROMPTS[0], 16, 16, 4, 5, 4., latents=model.noise(1, generator=make_generator(3)), output_type='pt').frames
     assert (ours - theirs).abs().max() < 1e-4
 
 
@@ -86,7 +90,7 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken, tmp_path):
     assert list(tiny_fit(folder, chance=.01, changes=LONG, resume=True))[0]['step'] == 3
     assert_equal_runs(unbroken[0], folder)
 
-@pytest.mark.parametrize('file', ['torch.save', 'vader_nb.runs.save_samples'])
+@pytest.mark.parametrize('file', ['torch.save', 'vader_nb.training.report.save_samples'])
 def test_stopped_in_an_awkward_moment(unbroken, tmp_path, monkeypatch, file):
     def stop(*args, **kwargs): raise KeyboardInterrupt
     with monkeypatch.context() as m:
@@ -154,12 +158,12 @@ def test_a_clip_reward_sees_all_frames():
     model, seen = tiny_model(), []
     add_lora(model, 2, 2)
     def score(video, prompts): seen.append(video.shape[1]); return video.mean((1, 2, 3, 4))
-    for wants in ('frame', 'clip'): vader_step(model, reward_from(score, 'seen', wants), PROMPTS[:2], Config(**TINY), generator(0))
+    for wants in ('frame', 'clip'): vader_step(model, reward_from(score, 'seen', wants), PROMPTS[:2], Config(**TINY), make_generator(0))
     assert seen == [1, 4]
 
 def test_memory_does_not_grow_with_T(tmp_path):
     run = start(tiny_model(), bright(), Config(**TINY, tricks='layers'), tmp_path)
-    kept = [saved_bytes(lambda: vader_step(run.model, bright(), PROMPTS[:2], replace(run.config, T=T, K=1, where='last'), generator(0))) for T in (2, 8)]
+    kept = [saved_bytes(lambda: vader_step(run.model, bright(), PROMPTS[:2], replace(run.config, T=T, K=1, where='last'), make_generator(0))) for T in (2, 8)]
     assert kept[0] > 0 and kept[1] <= kept[0] * 1.001
 
 def test_exact_tricks_leave_the_gradient_alone(tmp_path):

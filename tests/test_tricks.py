@@ -5,12 +5,13 @@ from unittest.mock import patch
 import pytest, torch
 from torch.nn.parallel import DistributedDataParallel
 from test_memory import Tiny, cond
-from vader_nb import tricks
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import add_lora, lora_parameters
-from vader_nb.meter import Meter, allocator_peak, fused, measure, meta_autocast, put_down_to, to_meta, with_margin
-from vader_nb.reward import Reward, freeze
-from vader_nb.tricks import TRICKS, Offload, adam, check_tricks, use_tricks
+from vader_nb.memory import tricks
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.lora import add_lora, lora_parameters
+from vader_nb.memory.meter import Meter, allocator_peak, fused, measure, meta_autocast, put_down_to, to_meta, with_margin
+from vader_nb.rewards.base import Reward, freeze
+from vader_nb.config import TRICKS, check_tricks
+from vader_nb.memory.tricks import Offload, adam, use_tricks
 
 
 class Judge(Reward):
@@ -29,11 +30,11 @@ def model_and_judge(words='', dtype=None):
     "A tiny model with trained LoRA and a judge, under these tricks."
     model, judge = Tiny(), Judge()
     if dtype: model.denoiser.to(dtype)
-    for i, p in enumerate(add_lora(model)): p.data.add_(.1 * torch.randn(p.shape, generator=generator(i)))
+    for i, p in enumerate(add_lora(model)): p.data.add_(.1 * torch.randn(p.shape, generator=make_generator(i)))
     return use_tricks(model, judge, words), judge
 
 def loss(model, judge, K=1, frames=None):
-    x, c = torch.randn(2, 4, 3, 8, 8, generator=generator(0)).to(model.device), cond.to(model.device)
+    x, c = torch.randn(2, 4, 3, 8, 8, generator=make_generator(0)).to(model.device), cond.to(model.device)
     for i in range(K): x = x - .1 * model.predict(x, 500 - i, c, 3.)
     return -100 * judge(model.decode(x, frames)).mean()
 
@@ -64,7 +65,7 @@ def test_nothing_that_is_away_is_read(words, true, painted):
     model, judge = model_and_judge(words)
     assert off(gradient(model, judge, K=2), true) < 1e-5
     with torch.no_grad():
-        video = model.decode(torch.randn(2, 4, 3, 8, 8, generator=generator(1)))
+        video = model.decode(torch.randn(2, 4, 3, 8, 8, generator=make_generator(1)))
         assert video.isfinite().all() and judge(video).isfinite().all()
     assert off(gradient(model, judge, K=2), true) < 1e-5
 
@@ -96,7 +97,7 @@ def one_process(rank, out):
     for n, (words, dtype) in enumerate(COMPANIES):
         model, judge = model_and_judge(words, dtype)
         weights, model.denoiser = lora_parameters(model), DistributedDataParallel(model.denoiser)
-        x = torch.randn(2, 4, 3, 8, 8, generator=generator(0))[rank:rank+1]
+        x = torch.randn(2, 4, 3, 8, 8, generator=make_generator(0))[rank:rank+1]
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype is not None):
             for i in range(2): x = x - .1 * model.predict(x, 500 - i, cond[rank], 3.)
             score = judge(model.decode(x)).mean()
@@ -199,7 +200,7 @@ def test_eight_bits_go_nearly_the_same_way():
     few, many = adam([a], .01, bits8=True), adam([b], .01)
     for i in range(10):
         for w, optimizer in ((a, few), (b, many)):
-            w.grad = torch.randn(w.shape, generator=generator(i)) + .5
+            w.grad = torch.randn(w.shape, generator=make_generator(i)) + .5
             optimizer.step()
     assert {s.dtype for s in few.state[a].values() if torch.is_tensor(s) and s.shape == a.shape} == {torch.uint8}
     assert 0 < off(a.detach(), b.detach()) < .05

@@ -2,8 +2,8 @@
 import pytest
 import torch
 from torch import nn
-from vader_nb.core import VaderError, generator
-from vader_nb.video_model import VideoModel, check_frames, check_prompts, check_size
+from vader_nb.core import VaderError, make_generator
+from vader_nb.models.base import VideoModel, check_frames, check_prompts, check_size
 
 
 class Net(nn.Module):
@@ -60,7 +60,7 @@ def test_condition_is_a_batch(model):
 
 
 def test_guidance_is_linear_and_one_means_one_pass_of_the_plain_batch(model):
-    c, x = model.encode(['a', 'bb']), model.noise(2, generator=generator(0))
+    c, x = model.encode(['a', 'bb']), model.noise(2, generator=make_generator(0))
     plain = model.predict(x, 7, c)
     assert model.denoiser.calls == 1
     uncond = model.predict(x, 7, c, 0.)
@@ -70,7 +70,7 @@ def test_guidance_is_linear_and_one_means_one_pass_of_the_plain_batch(model):
 
 
 def test_a_time_for_each_clip(model):
-    c, x = model.encode(['a', 'bb']), model.noise(2, generator=generator(0))
+    c, x = model.encode(['a', 'bb']), model.noise(2, generator=make_generator(0))
     both = model.predict(x, torch.tensor([3, 900]), c, 2.)
     for i, t in enumerate((3, 900)): torch.testing.assert_close(both[i:i+1], model.predict(x[i:i+1], t, c[i], 2.))
 
@@ -81,14 +81,14 @@ def test_predict_goes_through_whatever_wraps_the_denoiser(model):
     class Wrapper(nn.Module):
         def __init__(self): super().__init__(); self.module = inner
         def forward(self, *args): seen.append(len(args[0])); return self.module(*args)
-    c, x = model.encode('a'), model.noise(1, generator=generator(0))
+    c, x = model.encode('a'), model.noise(1, generator=make_generator(0))
     before = model.predict(x, 1, c, 3.)
     model.denoiser = Wrapper()
     assert torch.equal(model.predict(x, 1, c, 3.), before) and seen == [2]
 
 
 def test_the_caller_decides_about_gradients(model):
-    c, x = model.encode('a'), model.noise(1, generator=generator(0))
+    c, x = model.encode('a'), model.noise(1, generator=make_generator(0))
     assert model.predict(x, 1, c, 3.).requires_grad
     with torch.no_grad(): assert not model.predict(x, 1, c, 3.).requires_grad
     z = x.requires_grad_()
@@ -97,16 +97,16 @@ def test_the_caller_decides_about_gradients(model):
 
 
 def test_decode_only_the_asked_frames(model):
-    z = model.noise(2, generator=generator(0))
+    z = model.noise(2, generator=make_generator(0))
     assert torch.equal(model.decode(z, [5, 1]), model.decode(z)[:, [5, 1]])
     assert model.decode(z, 3).shape == (2, 1, 3, 64, 64)
     assert torch.equal(model.decode(z, torch.tensor([7])), model.decode(z)[:, 7:])
 
 
 def test_noise_follows_the_seed_and_the_size(model):
-    assert torch.equal(model.noise(2, 4, 32, 48, generator(3)), model.noise(2, 4, 32, 48, generator(3)))
-    assert model.noise(2, 4, 32, 48, generator(3)).shape == (2, 4, 4, 4, 6)
-    assert model.noise(1, generator=generator(0)).shape == (1, 4, 8, 8, 8)
+    assert torch.equal(model.noise(2, 4, 32, 48, make_generator(3)), model.noise(2, 4, 32, 48, make_generator(3)))
+    assert model.noise(2, 4, 32, 48, make_generator(3)).shape == (2, 4, 4, 4, 6)
+    assert model.noise(1, generator=make_generator(0)).shape == (1, 4, 8, 8, 8)
 
 
 @pytest.mark.parametrize('prompts', [[], [''], '  ', ['ok', None], [3]])
@@ -117,19 +117,19 @@ def test_bad_prompts(model, prompts):
 
 @pytest.mark.parametrize('frames', [[8], [-1], [], [0, 9], 1.5, [True, 2.5]])
 def test_bad_frames(model, frames):
-    with pytest.raises(VaderError, match='frames are'): model.decode(model.noise(1, generator=generator(0)), frames)
+    with pytest.raises(VaderError, match='frames are'): model.decode(model.noise(1, generator=make_generator(0)), frames)
     with pytest.raises(VaderError): check_frames(frames, 8)
 
 
 @pytest.mark.parametrize('size', [(8, 60, 64), (8, 64, 7), (0, 64, 64), (-2, 64, 64), (8, 0, 64), (2.5, 64, 64), (8, -8, 64)])
 def test_bad_sizes(model, size):
-    with pytest.raises(VaderError): model.noise(1, *size, generator=generator(0))
+    with pytest.raises(VaderError): model.noise(1, *size, generator=make_generator(0))
     with pytest.raises(VaderError): model.encode('a', *size)
     with pytest.raises(VaderError): check_size(*size, 8)
 
 
 def test_inputs_that_do_not_fit(model):
-    c, x = model.encode(['a', 'bb']), model.noise(2, generator=generator(0))
+    c, x = model.encode(['a', 'bb']), model.noise(2, generator=make_generator(0))
     with pytest.raises(VaderError, match='2 prompts'): model.predict(x[:1], 1, c)
     with pytest.raises(VaderError, match='latents must be'): model.predict(x[0], 1, c[0])
     with pytest.raises(VaderError, match='latents must be'): model.predict(x[:, :3], 1, c)

@@ -7,15 +7,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from open_clip.transformer import TextTransformer
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import add_lora, checkpoint_activations, load_lora, save_lora
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.lora import add_lora, load_lora, save_lora
+from vader_nb.memory.checkpointing import checkpoint_activations
 from vader_nb.models import videocrafter
-from vader_nb.models.videocrafter import (SCHEDULE, UNUSED, VideoCrafter, add_scaled_noise, full_parts, layout, load_videocrafter, open_small, open_videocrafter,
-                                          scale_table, scaled_ddim)
-from vader_nb.nets.videocrafter import LVDM, TemporalTransformer, from_unet3d, sinusoid
+from vader_nb.models.videocrafter import SCHEDULE, UNUSED, VideoCrafter, add_scaled_noise, full_parts, layout, load_videocrafter, open_small, open_videocrafter, scale_table, scaled_ddim
+from vader_nb.nets.lvdm import LVDM, TemporalTransformer, from_unet3d, sinusoid
 from vader_nb.pretrain.videocrafter import change_speed, lvdm_loss, make_lvdm, publish
-from vader_nb.rollout import differentiable_latents, rollout, sample
-from vader_nb.samplers import gradient_factor, sampler_from_config, schedule
+from vader_nb.diffusion.rollout import differentiable_latents, rollout, sample
+from vader_nb.diffusion.samplers import gradient_factor, sampler_from_config, schedule
 
 here = Path(__file__).parent/'reference'
 NAMES = json.loads(gzip.decompress((here/'videocrafter2_names.json.gz').read_bytes()))
@@ -139,7 +139,7 @@ def test_a_sampling_run_equals_the_original(model, monkeypatch, eta):
     cond = model.encode(['a'], 5, 32, 32)
     cond = type(cond)(REF['ddim_cond'], REF['ddim_uncond'], dict(fps=REF['ddim_fps']))
     noises = iter(REF['ddim_noises'])
-    monkeypatch.setattr('vader_nb.rollout.randn', lambda *a: next(noises))
+    monkeypatch.setattr('vader_nb.diffusion.rollout.randn', lambda *a: next(noises))
     with torch.no_grad(): states = list(rollout(model, cond, REF['ddim_x_T'], model.sampler(5, eta=eta), REF['ddim_guidance'].item()))
     assert [s.t.item() for s in states] == REF[f'ddim_eta{eta}_model_timesteps'].tolist()
     same(torch.stack([states[0].x_t, *[s.step.x for s in states]]), REF[f'ddim_eta{eta}_x_inter'])
@@ -159,7 +159,7 @@ def test_a_perfect_denoiser_is_led_back_to_the_clip():
     eps = (x - abar[0]**.5 * x0) / (1 - abar[0])**.5
     assert eps.std() < 3  # what is left is the noise of alpha-bar 0, and no shrunken clip
 
-def randn_(seed): return torch.randn(1, 4, 3, 8, 8, generator=generator(seed), dtype=torch.float64)
+def randn_(seed): return torch.randn(1, 4, 3, 8, 8, generator=make_generator(seed), dtype=torch.float64)
 
 def test_without_rescaling_it_is_diffusers_ddim():
     plain, ours = sampler_from_config(SCHEDULE, 'ddim', 25), scaled_ddim(25, scale=torch.ones(1000))
@@ -187,7 +187,7 @@ def modelscope_like(**sizes):
 def test_modelscopes_weights_give_modelscopes_output():
     theirs, ours = modelscope_like()
     from_unet3d(theirs.state_dict(), ours)
-    x, t, text = torch.randn(2, 4, 3, 8, 12, generator=generator(0)), torch.tensor([3, 800]), torch.randn(2, 7, 24, generator=generator(1))
+    x, t, text = torch.randn(2, 4, 3, 8, 12, generator=make_generator(0)), torch.tensor([3, 800]), torch.randn(2, 7, 24, generator=make_generator(1))
     with torch.no_grad(): same(ours(x, t, text), theirs(x, t, text).sample)
 
 @pytest.mark.parametrize('sizes', [dict(blocks=1), dict(attend=3), dict(channels=32), dict(context=32), dict(mults=(1, 2))])
@@ -211,7 +211,7 @@ def test_the_temporal_transformer_knows_no_order():
 
 
 def test_fps_reaches_the_network_under_guidance_too(model):
-    x, cond = model.noise(2, generator=generator(0)), model.encode(['a panda', 'a fox'])
+    x, cond = model.noise(2, generator=make_generator(0)), model.encode(['a panda', 'a fox'])
     assert cond.extra['fps'].tolist() == [24, 24]
     by_hand = [model.denoiser(x, torch.tensor([300, 300]), e, torch.tensor([24, 24])) for e in (cond.uncond, cond.embeds)]
     same(model.predict(x, 300, cond, 5.), by_hand[0] + 5 * (by_hand[1] - by_hand[0]))
@@ -223,8 +223,8 @@ def test_gradient_and_lora(model, checkpoint, tmp_path):
     other = open_videocrafter(checkpoint, *small_parts(), native_size=(3, 32, 32))
     params = add_lora(other, rank=2)
     checkpoint_activations(other)
-    cond, x = other.encode(['a panda']), other.noise(1, generator=generator(0))
-    z = differentiable_latents(other, cond, x, other.sampler(2), guidance=3., K=2, where='x0', generator=generator(0))
+    cond, x = other.encode(['a panda']), other.noise(1, generator=make_generator(0))
+    z = differentiable_latents(other, cond, x, other.sampler(2), guidance=3., K=2, where='x0', generator=make_generator(0))
     grads = torch.autograd.grad(other.decode(z, [1]).mean(), params)
     assert all(g.isfinite().all() for g in grads) and sum(g.abs().sum() for g in grads) > 0
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_gradient_and_lora(model, checkpoint, tmp_path):
 
 def test_half_precision_inside_float32_outside(checkpoint):
     half = open_videocrafter(checkpoint, *small_parts(), dtype=torch.bfloat16, native_size=(2, 32, 32))
-    x, cond = half.noise(1, generator=generator(0)), half.encode(['a panda'])
+    x, cond = half.noise(1, generator=make_generator(0)), half.encode(['a panda'])
     assert half.dtype == cond.embeds.dtype == torch.bfloat16
     pred = half.predict(x, 500, cond, 3.)
     assert pred.dtype == half.decode(pred).dtype == torch.float32 and pred.isfinite().all()
@@ -321,18 +321,18 @@ def test_a_published_training_opens(tmp_path):
 
 def test_clips_of_two_speeds():
     x0 = torch.arange(8.).view(1, 1, 8, 1, 1)
-    seen = {(tuple(x.flatten().int().tolist()), fps) for x, fps in (change_speed(x0, generator(i)) for i in range(60))}
+    seen = {(tuple(x.flatten().int().tolist()), fps) for x, fps in (change_speed(x0, make_generator(i)) for i in range(60))}
     assert seen == {(tuple(range(8)), 8), ((0, 2, 4, 6), 4), ((2, 3, 4, 5), 8)}
 
 def test_the_training_loss_is_zero_for_a_perfect_network():
-    x0, abar, scale = torch.randn(3, 4, 1, 4, 4, generator=generator(0)).expand(3, 4, 8, 4, 4), schedule(SCHEDULE), scale_table()
+    x0, abar, scale = torch.randn(3, 4, 1, 4, 4, generator=make_generator(0)).expand(3, 4, 8, 4, 4), schedule(SCHEDULE), scale_table()
     def perfect(x, t, text, fps):
         a, s = (v[t].view(-1, 1, 1, 1, 1) for v in (abar, scale))
         return (x - a**.5 * s * x0[:, :, :x.shape[2]]) / (1 - a)**.5
     class Known:
         chunks = range(1)
         def __call__(self, g, ready): return x0, None
-    loss = [lvdm_loss(net, Known(), generator(1))[0].item() for net in (perfect, lambda *a: perfect(*a) + .1)]
+    loss = [lvdm_loss(net, Known(), make_generator(1))[0].item() for net in (perfect, lambda *a: perfect(*a) + .1)]
     assert loss[0] < 1e-8 < loss[1]
 
 def test_the_small_one_damaged(tmp_path, monkeypatch):

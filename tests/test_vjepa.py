@@ -5,12 +5,12 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from vader_nb.core import VaderError, generator
+from vader_nb.core import VaderError, make_generator
 from vader_nb.nets import vjepa as nets
 from vader_nb.nets.vjepa import MASKS, VJepa, VJepaConfig, block_mask, block_size, draw_masks, half_masks, load_vjepa_net, masked_error, position_table, save_vjepa_net, stretch, take
-from vader_nb.reward import check_reward, reward_gradient
+from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards.vjepa import DISTURBANCES, VJepa2, VJepaReward, disturbed, imagenet_normalise, load_vjepa, vjepa_view, windows
-from vader_nb.world import draw, scenes
+from vader_nb.world.scenes import draw, scenes
 from vader_nb.zoo import card, model_path
 
 here = Path(__file__).parent/'reference'
@@ -85,20 +85,20 @@ def test_full_size_layout():
 
 def test_block_sizes_are_the_authors():
     for (share, _), sizes in zip(MASKS, facts['block_sizes']):
-        assert [list(block_size((8, 14, 14), share, generator(i))) for i in range(20)] == sizes
+        assert [list(block_size((8, 14, 14), share, make_generator(i))) for i in range(20)] == sizes
 
 def test_masks_are_the_authors():
     "Three batches of four clips from the published seed, cut to the shortest of a batch as the published loader does."
-    g, grid = generator(234), (8, 14, 14)
+    g, grid = make_generator(234), (8, 14, 14)
     for i in range(3):
         for k, (share, blocks) in enumerate(MASKS):
-            ours = [block_mask(grid, block_size(grid, share, generator(i)), blocks, g) for _ in range(4)]
+            ours = [block_mask(grid, block_size(grid, share, make_generator(i)), blocks, g) for _ in range(4)]
             for part, name in zip(zip(*ours), ('enc', 'pred')):
                 assert torch.equal(torch.stack([m[:min(map(len, part))] for m in part]), golden[f'it{i}_gen{k}_{name}'].long())
 
 @pytest.mark.parametrize('grid', [(4, 8, 8), (8, 14, 14), (1, 3, 3), (4, 4, 6)])
 def test_masks_share_out_all_tokens(grid):
-    g = generator(0)
+    g = make_generator(0)
     for visible, hidden in [m for _ in range(50) for m in draw_masks(grid, g)]:
         assert len(visible) and len(hidden)
         assert torch.cat([visible, hidden]).sort().values.tolist() == list(range(math.prod(grid)))
@@ -108,16 +108,16 @@ def test_masks_share_out_all_tokens(grid):
 @pytest.mark.parametrize('context, times', [(1., 4), (.75, 3), (.5, 2), (.1, 1)])
 def test_context_from_the_first_frames(context, times):
     "The same blocks; all that comes later is hidden as well."
-    for (v, h), (seen, _) in zip(draw_masks((4, 8, 8), generator(3), context), draw_masks((4, 8, 8), generator(3))):
+    for (v, h), (seen, _) in zip(draw_masks((4, 8, 8), make_generator(3), context), draw_masks((4, 8, 8), make_generator(3))):
         assert torch.equal(v, seen[seen < times * 64])
         assert torch.cat([v, h]).sort().values.tolist() == list(range(256))
 
 def test_an_empty_context_is_drawn_again():
     "Two blocks of 8 x 6 cover a frame of 8 x 8 every ninth or so time."
-    for seed in range(60): assert len(block_mask((1, 8, 8), (8, 6), 2, generator(seed))[0])
+    for seed in range(60): assert len(block_mask((1, 8, 8), (8, 6), 2, make_generator(seed))[0])
 
 def test_too_small_for_masks():
-    with pytest.raises(VaderError, match='2 x 2 tokens is too small'): draw_masks((4, 2, 2), generator(0))
+    with pytest.raises(VaderError, match='2 x 2 tokens is too small'): draw_masks((4, 2, 2), make_generator(0))
 
 @pytest.mark.parametrize('times', [2, 4, 7])
 def test_halves_of_a_clip(times):
@@ -154,22 +154,22 @@ def test_view_is_normalised_like_imagenet():
 # The reward
 
 @pytest.fixture
-def video(): return torch.rand(3, 8, 3, 40, 48, generator=generator(5)) * .8 + .1
+def video(): return torch.rand(3, 8, 3, 40, 48, generator=make_generator(5)) * .8 + .1
 
 def test_contract(net, video): check_reward(VJepaReward(net), video)
 
 def test_score_is_minus_the_loss(net, video):
     reward = VJepaReward(net, draws=1)
-    masks = draw_masks(TINY.grid, generator(7))
+    masks = draw_masks(TINY.grid, make_generator(7))
     x = vjepa_view(video, 32)
     loss = torch.stack([(net.predict(x, v, h, i) - F.layer_norm(net.target_encoder(x), [64])[:, h]).abs().mean((1, 2)) for i, (v, h) in enumerate(masks)]).mean(0)
-    assert torch.allclose(reward(video, generator=generator(7)), -loss, atol=1e-6)
+    assert torch.allclose(reward(video, generator=make_generator(7)), -loss, atol=1e-6)
 
 def test_draws_average_over_masks_from_the_generator(net, video):
-    g = generator(3)
+    g = make_generator(3)
     singles = torch.stack([VJepaReward(net, draws=1)(video, generator=g) for _ in range(3)])
     assert singles.std(0).min() > 0
-    assert torch.allclose(VJepaReward(net, draws=3)(video, generator=generator(3)), singles.mean(0), atol=1e-6)
+    assert torch.allclose(VJepaReward(net, draws=3)(video, generator=make_generator(3)), singles.mean(0), atol=1e-6)
 
 def test_a_context_of_the_first_frames_sees_no_others(net, video):
     "With the target held fixed, only the pixels of the first half have a gradient."
@@ -183,14 +183,14 @@ def test_each_half_from_the_other(net, video):
     first, second = torch.arange(64).split(32)
     error = lambda visible, hidden, kind: (net.predict(x, visible, hidden, kind) - net.targets(x)[:, hidden]).abs().mean((1, 2))
     assert torch.allclose(reward(video), -(error(first, second, 0) + error(second, first, 1)) / 2, atol=1e-6)
-    assert torch.equal(reward(video), reward(video, generator=generator(9)))
+    assert torch.equal(reward(video), reward(video, generator=make_generator(9)))
     slope = reward_gradient(VJepaReward(net, through_target=False, halves=True), video)[1]
     assert (slope.abs().flatten(2).amax(2) > 0).all()
     check_reward(reward, video)
 
 def test_without_a_generator_always_the_same_masks(net, video):
     reward = VJepaReward(net)
-    assert torch.equal(reward(video), reward(video)) and not torch.equal(reward(video), reward(video, generator=generator(9)))
+    assert torch.equal(reward(video), reward(video)) and not torch.equal(reward(video), reward(video, generator=make_generator(9)))
 
 def test_the_target_may_be_held_fixed(net, video):
     "The same score, another gradient; held fixed it is not the score's own slope, and the contract test notices."
@@ -199,7 +199,7 @@ def test_the_target_may_be_held_fixed(net, video):
     with pytest.raises(VaderError, match='disagrees with finite differences'): check_reward(VJepaReward(net, through_target=False), video)
 
 def test_a_long_clip_scores_the_mean_of_its_pieces(net):
-    video = torch.rand(2, 16, 3, 32, 32, generator=generator(1))
+    video = torch.rand(2, 16, 3, 32, 32, generator=make_generator(1))
     reward = VJepaReward(net)
     assert torch.allclose(reward(video), (reward(video[:, :8]) + reward(video[:, 8:])) / 2, atol=1e-6)
     assert (reward_gradient(reward, video[:, :13])[1].flatten(2).norm(dim=2) > 0).all(), 'every frame gets a gradient'
@@ -265,7 +265,7 @@ def test_two_is_the_librarys_where_nothing_is_hidden(two, video):
 def test_two_cannot_see_what_is_hidden(two, video):
     "The library encodes the whole clip before it masks; we mask first, as in training."
     x = vjepa_view(video, 32).requires_grad_()
-    visible, hidden = draw_masks((4, 4, 4), generator(0))[1]
+    visible, hidden = draw_masks((4, 4, 4), make_generator(0))[1]
     grad, = torch.autograd.grad(VJepa2(two, 8).predict(x, visible, hidden).square().sum(), x)
     seen = torch.zeros(64).index_fill(0, visible, 1).view(4, 4, 4)
     by_token = grad.abs().sum((0, 1)).view(4, 2, 4, 8, 4, 8).sum((1, 3, 5))
@@ -281,17 +281,17 @@ def test_two_guesses_each_half_from_the_other(two, video):
 # The small checkpoint
 
 def test_an_unknown_disturbance():
-    with pytest.raises(VaderError, match="unknown disturbance 'slow'"): disturbed('slow', scenes(1), generator(0))
+    with pytest.raises(VaderError, match="unknown disturbance 'slow'"): disturbed('slow', scenes(1), make_generator(0))
 
 def test_disturbances_disturb():
     s = scenes(3, 0, 'any')
     for kind in DISTURBANCES:
-        x = disturbed(kind, s, generator(1))
+        x = disturbed(kind, s, make_generator(1))
         assert x.shape == (3, 8, 3, 64, 64) and (0 <= x).all() and (x <= 1).all() and (x - draw(s)).abs().amax((1, 2, 3, 4)).min() > .05
 
 def share_above(kind, reward, s):
     "How often do the scenes score above their disturbed version?"
-    with torch.no_grad(): return (reward(draw(s)) > reward(disturbed(kind, s, generator(1)))).float().mean().item()
+    with torch.no_grad(): return (reward(draw(s)) > reward(disturbed(kind, s, make_generator(1)))).float().mean().item()
 
 def test_small_notices_what_is_disturbed():
     "Wrong order and another animal, asked for each half of a clip; the masks mind the order only. The card tells the shares over more scenes."

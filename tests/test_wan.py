@@ -11,15 +11,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tiny_models import WORDS
-from vader_nb.core import VaderError, generator
-from vader_nb.memory import add_lora, checkpoint_activations, load_lora, lora_parameters
+from vader_nb.core import VaderError, make_generator
+from vader_nb.memory.lora import add_lora, load_lora, lora_parameters
+from vader_nb.memory.checkpointing import checkpoint_activations
 from vader_nb.models import wan
 from vader_nb.models.opensora import drop_text_encoder, read_embeddings
 from vader_nb.models.wan import Wan, clean_prompt, draw_box, draw_boxes, draw_clip, export_lora, load_wan, middle, open_wan, runs, spans
 from vader_nb.rewards.aesthetic import load_aesthetic
-from vader_nb.rollout import differentiable_latents, sample
-from vader_nb.train import Config, fit
-from vader_nb.tricks import use_tricks
+from vader_nb.diffusion.rollout import differentiable_latents, sample
+from vader_nb.config import Config
+from vader_nb.training.trainer import fit
+from vader_nb.memory.tricks import use_tricks
 
 PROMPTS = ['a panda riding a bike', 'a fox with a hat']
 
@@ -50,7 +52,7 @@ def adapter(pipe): return Wan(pipe.transformer, pipe.vae, pipe.text_encoder, pip
 def tiny(seed=0): return adapter(pipeline(seed))
 
 def trained(model, rank=2, alpha=4):
-    for i, p in enumerate(add_lora(model, rank=rank, alpha=alpha)): p.data.add_(.1 * torch.randn(p.shape, generator=generator(i)))
+    for i, p in enumerate(add_lora(model, rank=rank, alpha=alpha)): p.data.add_(.1 * torch.randn(p.shape, generator=make_generator(i)))
     return model
 
 @pytest.fixture(scope='module')
@@ -62,7 +64,7 @@ def model(): return tiny()
 @pytest.fixture(scope='module')
 def decoded(model):
     "Latents of 21 frames, what diffusers makes of them, and the gradient of frames 6 and 13 to 14."
-    z = torch.randn(1, 4, 6, 4, 4, generator=generator(0)).requires_grad_()
+    z = torch.randn(1, 4, 6, 4, 4, generator=make_generator(0)).requires_grad_()
     video = model.vae.decode(z).sample
     assert video.shape == (1, 3, 21, 32, 32) and .1 < video.std() and (video.abs() < 1).float().mean() > .5
     g, = torch.autograd.grad(video[:, :, [6, 13, 14]].square().mean(), z)
@@ -103,7 +105,7 @@ def test_without_gradients_the_notes_are_used(model, decoded):
     with torch.no_grad(): close(draw_clip(model.vae.decoder, model.vae.post_quant_conv(z), [0, 7]).clamp(-1, 1), video[:, :, [0, 7]])
 
 def test_asked_frames(model):
-    x = torch.randn(1, 4, 3, 4, 4, generator=generator(0))
+    x = torch.randn(1, 4, 3, 4, 4, generator=make_generator(0))
     with torch.no_grad(): whole = model.decode(x)
     assert whole.shape == (1, 9, 3, 32, 32)
     for frames in ([0], [8], [1, 4, 5], [7, 2]):
@@ -122,7 +124,7 @@ def test_runs_and_spans():
 @pytest.mark.parametrize('guidance', [5., 1.])
 def test_samples_equal_the_pipelines(guidance):
     pipe = pipeline()
-    model, x = adapter(pipe), torch.randn(2, 4, 3, 4, 6, generator=generator(3))
+    model, x = adapter(pipe), torch.randn(2, 4, 3, 4, 6, generator=make_generator(3))
     theirs = pipe(PROMPTS, num_frames=9, height=32, width=48, num_inference_steps=5, guidance_scale=guidance, latents=x, max_sequence_length=8, output_type='pt').frames
     model.noise = lambda *size, **kw: x
     close(sample(model, PROMPTS, 5, guidance, kind='rflow', size=(9, 32, 48)), theirs, 1e-4)
@@ -168,7 +170,7 @@ def test_the_gradient_is_the_same_with_every_trick(where, words):
         model, reward = trained(tiny()), load_aesthetic('small', 'cpu')
         use_tricks(model, reward, words)
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-            z = differentiable_latents(model, model.encode(PROMPTS), model.noise(2, generator=generator(0)), model.sampler(3), 5., 2, where, generator(1))
+            z = differentiable_latents(model, model.encode(PROMPTS), model.noise(2, generator=make_generator(0)), model.sampler(3), 5., 2, where, make_generator(1))
             scores = reward(model.decode(z, [3]), PROMPTS)
         return torch.cat([g.flatten() for g in torch.autograd.grad(-scores.mean(), lora_parameters(model))])
     true = gradient('')
@@ -187,7 +189,7 @@ def test_two_steps_of_training_and_the_lora_in_a_plain_pipeline(tmp_path):
     load_lora(fresh, tmp_path/'run/lora')  # peft's own layout is still there
     close(sample(fresh, PROMPTS, 2, 5., kind='rflow'), ours)
     pipe = pipeline()
-    before, x = sample(adapter(pipe), PROMPTS, 2, 5., kind='rflow'), torch.randn(2, 4, 3, 4, 4, generator=generator(0))
+    before, x = sample(adapter(pipe), PROMPTS, 2, 5., kind='rflow'), torch.randn(2, 4, 3, 4, 4, generator=make_generator(0))
     pipe.load_lora_weights(tmp_path/'run/lora')
     theirs = pipe(PROMPTS, num_frames=9, height=32, width=32, num_inference_steps=2, guidance_scale=5., latents=x, max_sequence_length=8, output_type='pt').frames
     assert (before - ours).abs().max() > 1e-3
@@ -217,7 +219,7 @@ def test_half_precision_inside_float32_outside(folder):
     formats = {n: p.dtype for n, p in model.denoiser.named_parameters()}
     assert model.dtype == formats['blocks.0.attn1.to_q.weight'] == torch.bfloat16 and formats['scale_shift_table'] == torch.float32  # as in the pipeline
     assert model.vae.dtype == torch.float32
-    x, cond = model.noise(1, generator=generator(0)), model.encode(PROMPTS[0])
+    x, cond = model.noise(1, generator=make_generator(0)), model.encode(PROMPTS[0])
     pred = model.predict(x, 500, cond, 3.)
     assert pred.dtype == model.decode(pred).dtype == torch.float32 and pred.isfinite().all()
     add_lora(model)

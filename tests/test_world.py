@@ -7,11 +7,11 @@ import pytest, torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from vader_nb import world
-from vader_nb.core import VaderError, generator
-from vader_nb.world import (ACTIVITIES, ANIMALS, COLOURS, CORE, FACES, FOOD_NOISE, GRADES, HAT_NOISE, LOOKALIKE, OBJECTS, PROMPT_SETS, SPOILS,
-                            TEST_ANIMALS, TRAIN_ANIMALS, caption, captions, draw, frame_stats, label, layout, noisy_labels, parse, prompts,
-                            rate, scenes, signed_distance, spoil, start_images)
+from vader_nb.world import scenes as world
+from vader_nb.core import VaderError, make_generator
+from vader_nb.world.scenes import ACTIVITIES, ANIMALS, COLOURS, CORE, FACES, GRADES, LOOKALIKE, OBJECTS, draw, layout, scenes, signed_distance
+from vader_nb.world.captions import FOOD_NOISE, HAT_NOISE, PROMPT_SETS, TEST_ANIMALS, TRAIN_ANIMALS, caption, captions, noisy_labels, parse, prompts, start_images
+from vader_nb.world.rating import CORRUPTIONS, frame_stats, label, rate, corrupt
 from vader_nb.zoo import model_path
 
 one_frame = torch.tensor([4.])
@@ -26,7 +26,7 @@ def same(a, b): return all(torch.equal(getattr(a, k), getattr(b, k)) for k in va
 
 def test_a_seed_means_the_same_scenes():
     before = torch.get_rng_state()
-    assert same(scenes(50, 7, 'any'), scenes(50, generator(7), 'any')) and not same(scenes(50, 7), scenes(50, 8))
+    assert same(scenes(50, 7, 'any'), scenes(50, make_generator(7), 'any')) and not same(scenes(50, 7), scenes(50, 8))
     assert torch.equal(torch.get_rng_state(), before), 'nothing is drawn from the global state'
 
 @pytest.mark.parametrize('grade', GRADES)
@@ -173,7 +173,7 @@ def test_the_small_models_know_every_word():
 
 def test_caption_noise_has_the_stated_shares():
     s = scenes(20_000, 1)
-    told, is_food = noisy_labels(s, generator(2)), lambda s: (s.activity == 3) | (s.activity == 4)
+    told, is_food = noisy_labels(s, make_generator(2)), lambda s: (s.activity == 3) | (s.activity == 4)
     food = is_food(s)
     wrong = lambda k, m: (getattr(told, k) != getattr(s, k))[m].float().mean().item()
     for hat in (0, 1): assert abs(wrong('hat', s.hat == hat) - HAT_NOISE) < .02
@@ -216,22 +216,22 @@ def test_every_vivid_clip_beats_its_dull_self(vivid):
 
 @pytest.mark.parametrize('kind', ['noise', 'blur', 'blotches'])
 def test_the_rule_falls_as_a_clip_is_spoiled(vivid, kind):
-    means = [rate(spoil(vivid, kind, torch.full((48,), k), generator(0))).mean().item() for k in (0., .25, .5, .75, 1.)]
+    means = [rate(corrupt(vivid, kind, torch.full((48,), k), make_generator(0))).mean().item() for k in (0., .25, .5, .75, 1.)]
     assert means[1] < means[0] - .5 and means[2] < means[1] + .2 and max(means[2:]) < 2.6, 'once little is left, a rating of about 2 stays'
 
-@pytest.mark.parametrize('kind', SPOILS)
+@pytest.mark.parametrize('kind', CORRUPTIONS)
 def test_labels_fall_however_a_clip_is_spoiled(vivid, kind):
-    seen = lambda k: rate(spoil(vivid, kind, torch.full((48,), k), generator(0)))
+    seen = lambda k: rate(corrupt(vivid, kind, torch.full((48,), k), make_generator(0)))
     means = [label(rate(vivid), seen(k), torch.full((48,), k)).mean().item() for k in (0., .25, .5, 1.)]
     assert means[1] < means[0] - 1 and means[2] < means[1] + .2 and means[3] < 2.2
 
-@pytest.mark.parametrize('kind', SPOILS)
+@pytest.mark.parametrize('kind', CORRUPTIONS)
 def test_spoiling(vivid, kind):
     x, k = vivid[:6], torch.linspace(0, 1, 6)
-    y = spoil(x, kind, k, generator(1))
-    assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1 and torch.equal(y, spoil(x, kind, k, generator(1)))
+    y = corrupt(x, kind, k, make_generator(1))
+    assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1 and torch.equal(y, corrupt(x, kind, k, make_generator(1)))
     assert (y[0] - x[0]).abs().mean() < .01 and (y[-1] - x[-1]).abs().mean() > .02
-    assert spoil(draw(scenes(2, 0), 2, 8, 12), kind, torch.ones(2), generator(0)).shape == (2, 2, 3, 8, 12), 'the smallest frames too'
+    assert corrupt(draw(scenes(2, 0), 2, 8, 12), kind, torch.ones(2), make_generator(0)).shape == (2, 2, 3, 8, 12), 'the smallest frames too'
 
 def test_the_rule_rates_frames_and_clips_alike(vivid):
     clip = torch.cat([vivid[:4], vivid[4:8]], 1)
@@ -239,11 +239,11 @@ def test_the_rule_rates_frames_and_clips_alike(vivid):
     assert (rate(vivid[3:4]) - rate(vivid)[3]).abs().item() < 1e-5, 'a frame is rated for itself'
     assert all(v.shape == (48,) for v in frame_stats(vivid[:, 0]).values())
 
-@pytest.mark.parametrize('frame', [torch.zeros(2, 3, 64, 64), torch.ones(2, 3, 64, 64), torch.rand(2, 3, 48, 80, generator=generator(0))])
+@pytest.mark.parametrize('frame', [torch.zeros(2, 3, 64, 64), torch.ones(2, 3, 64, 64), torch.rand(2, 3, 48, 80, generator=make_generator(0))])
 def test_empty_and_wild_frames_rate_low(frame): assert (1 <= rate(frame)).all() and (rate(frame) < 3).all()
 
 def test_a_label_never_exceeds_what_the_pixels_deserve():
-    clean, seen, k = torch.rand(3, 200, generator=generator(3))
+    clean, seen, k = torch.rand(3, 200, generator=make_generator(3))
     clean, seen = 1 + 9 * clean, 1 + 9 * seen
     y = label(clean, seen, k)
     assert (y <= seen).all() and (y <= clean + 1e-5).all() and (y >= 1).all()
@@ -270,7 +270,7 @@ s2 = scenes(2, 0)
     (lambda: draw(s2, 0), '0 frames'),
     (lambda: draw(s2, -2), '-2 frames'),
     (lambda: draw(s2, torch.tensor([])), '0 frames'),
-    (lambda: spoil(draw(s2, 1), 'rust', torch.ones(2), generator(0)), "spoil 'rust'.*noise"),
+    (lambda: corrupt(draw(s2, 1), 'rust', torch.ones(2), make_generator(0)), "spoil 'rust'.*noise"),
     (lambda: prompts('animals'), "prompt set 'animals'.*activities"),
     (lambda: prompts('books', 'validation'), "split 'validation'.*'train' or 'test'"),
     (lambda: parse('a dog riding a bike'), "'a dog riding a bike' names no animal.*panda"),

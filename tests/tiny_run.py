@@ -3,8 +3,9 @@ import json, sys
 import torch
 from tiny_models import tiny_pipeline
 from vader_nb.models.modelscope import ModelScope
-from vader_nb.reward import reward_from
-from vader_nb.train import Config, fit
+from vader_nb.rewards.base import reward_from
+from vader_nb.config import Config
+from vader_nb.training.trainer import fit
 
 PROMPTS, TESTS = ['a panda riding a bike', 'a fox playing chess', 'a dog washing dishes'], ['a fox riding a bike', 'a panda washing dishes']
 TINY = dict(T=3, K=2, frames=4, height=16, width=16, rank=2, alpha=2., batch=2)

@@ -1,14 +1,14 @@
 "A training of a second, and a process that is killed in its midst: `python tiny_training.py FOLDER STEP`."
 import os, signal, sys
 import torch
-from vader_nb.core import generator
+from vader_nb.core import make_generator
 from vader_nb.pretrain import loop
 from vader_nb.pretrain.loop import pretrain
 
 def toy():
     "A small network with dropout, which draws random numbers of its own."
     net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(.2), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    for p in net.parameters(): torch.nn.init.normal_(p, std=.5, generator=generator(p.numel()))
+    for p in net.parameters(): torch.nn.init.normal_(p, std=.5, generator=make_generator(p.numel()))
     return net
 
 def train(out, net=None, stop=None, steps=60, poison=lambda step: 1., **kw):

@@ -1,15 +1,15 @@
 "Draw nbs/images/before_after.gif, the first picture of the README: clips of the recorded run modelscope-aesthetic, seed 2, before and after, from the same noise."
 from pathlib import Path
 import torch
-from vader_nb.memory import load_lora, lora_off
+from vader_nb.memory.lora import load_lora, lora_off
 from vader_nb.models.modelscope import load_modelscope
-from vader_nb.rollout import sample
+from vader_nb.diffusion.rollout import sample
 from vader_nb.show import save_gif
 
 nbs = Path(__file__).resolve().parent.parent/'nbs'
 prompts = ['a penguin riding a bike', 'a lion playing chess', 'an elephant washing dishes', 'a koala riding a bike']
 model = load_modelscope('small', 'cpu')
-load_lora(model, nbs/'recorded/modelscope-aesthetic-small-2/lora')
+load_lora(model, nbs.parent/'vader_nb/recorded/modelscope-aesthetic-small-2/lora')
 after = sample(model, prompts, steps=12, guidance=4., seed=0)
 with lora_off(model): before = sample(model, prompts, steps=12, guidance=4., seed=0)
 save_gif(torch.cat([before, after]), nbs/'images/before_after.gif', [*prompts, *['after 40 steps']*len(prompts)])

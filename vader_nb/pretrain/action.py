@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..core import atomic_path, from_frames, generator, to_frames
+from ..core import atomic_path, from_frames, make_generator, to_frames
 from ..rewards.objects import imagenet_normalise
-from ..world import ACTIVITIES, SPOILS, draw, scenes, spoil, spoil_some
+from ..world.scenes import ACTIVITIES, draw, scenes
+from ..world.rating import CORRUPTIONS, corrupt, corrupt_some
 from .loop import options, pretrain, write_card
 from .objects import borrow, first_weights, through_vae
 from ..zoo import load_net
@@ -36,9 +37,9 @@ def batch(pool, g, # clips, activities and disturbances as from `clips`, `torch.
     "Clips (n, 8, 3, 64, 64) in [0, 1], half of them mirrored, a quarter spoiled, and their truth (n, 6)."
     i = torch.randint(len(pool[0]), (n,), generator=g)
     x, activity, k = pool[0][i] / 255, pool[1][i], pool[2][i]
-    kinds = torch.where(torch.rand(n, generator=g) < .25, torch.randint(len(SPOILS), (n,), generator=g), -1)
+    kinds = torch.where(torch.rand(n, generator=g) < .25, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
     strength, m = torch.rand(n, generator=g), torch.rand(n, generator=g) < .5
-    x = spoil_some(x, kinds, strength, g)
+    x = corrupt_some(x, kinds, strength, g)
     x[m] = x[m].flip(-1)
     return x, soft_labels(activity, torch.maximum(k, strength * (kinds >= 0)))
 
@@ -161,7 +162,7 @@ def quality(net, vae, n=150, seed=1_000_003):
     decoded, misled = [torch.cat([decode_clips(vae, o) for o in zs.split(10)]) for zs in (z, torch.cat([worst_latents(net, vae, *o) for o in zip(z.split(10), wanted.split(10))]))]
     out |= {'accuracy any, decoded': percent(ask(net, decoded).argmax(1) == truth[:60]), 'probability of the true class': own(x)}
     out |= {'the same, decoded': own(decoded), 'the same, from the most misleading latents': own(misled)}
-    return out | {f'the same, {kind} of strength 0.7': own(spoil(x, kind, torch.full((n,), .7), generator(0))) for kind in SPOILS}
+    return out | {f'the same, {kind} of strength 0.7': own(corrupt(x, kind, torch.full((n,), .7), make_generator(0))) for kind in CORRUPTIONS}
 
 # %% ../../nbs/zoo/09_action.ipynb #a55d2db0
 ABOUT = 'A `VideoMAEForVideoClassification` that names the activity in a clip of the small world.'
@@ -181,7 +182,7 @@ def _publish(state, step, vae, a):
 def _pool(file, a, vae):
     "The clips to train on, from their file, or made and filed."
     if not file.exists():
-        g = generator(9); parts = [clips(g, 48, vae) for _ in range(a.clips // 48)]
+        g = make_generator(9); parts = [clips(g, 48, vae) for _ in range(a.clips // 48)]
         with atomic_path(file) as f: torch.save(tuple(map(torch.cat, zip(*parts))), f)
     return torch.load(file, weights_only=True)
 
@@ -195,7 +196,7 @@ def main(argv=None):
     vae = AutoencoderKL.from_pretrained(a.vae).float().eval().requires_grad_(False)
     torch.manual_seed(9); net, pool = make_videomae(load_net(CLIPVisionModelWithProjection, a.clip)), _pool(Path(a.out) / 'data.pt', a, vae)
     net.load_state_dict(pretrain(net, lambda g, step: action_loss(net, *batch(pool, g)), a.steps, a.out, lr=6e-4, ema=.995, weight_decay=.05, seed=9))
-    misled = Misled(latent_pairs(vae, generator(33)))
+    misled = Misled(latent_pairs(vae, make_generator(33)))
     pretrain(net, lambda g, step: lesson(net, vae, misled, pool, g, step), a.late, Path(a.out)/'late', lr=4e-4, ema=.99, weight_decay=.05, seed=10, save_every=900,
              milestone=lambda w, step: _publish(w, step, vae, a))
 

@@ -8,8 +8,9 @@ __all__ = ['WIDTHS', 'ABOUT', 'decoded', 'dataset', 'quality', 'main']
 # %% ../../nbs/zoo/05_aesthetic.ipynb #a7607097
 from pathlib import Path
 import torch, torch.nn.functional as F
-from ..core import atomic_path, generator
-from ..world import draw, label, rate, scenes
+from ..core import atomic_path, make_generator
+from ..world.scenes import draw, scenes
+from ..world.rating import label, rate
 from ..rewards.aesthetic import Aesthetic, AestheticHead
 from .clip import pictures
 from .loop import options, pretrain, write_card
@@ -36,7 +37,7 @@ def dataset(reward, vae, # an `Aesthetic` (only its eyes are used), the small `A
             n,           # how many, rounded down to whole batches of 128
             seed):
     "Embeddings (n, d) and ratings (n,) of pictures, half drawn, half decoded."
-    g, E, R = generator(seed), [], []
+    g, E, R = make_generator(seed), [], []
     for i in range(n // 128):
         x, *_, r = pictures(g, 64); y, q = decoded(g, 64, vae)
         E.append(reward.embed(torch.cat([x, y]))); R.append(torch.cat([r, q]))

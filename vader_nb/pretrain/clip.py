@@ -12,7 +12,9 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from ..core import atomic_path
 from ..rewards.aesthetic import clip_normalise
-from ..world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, SPOILS, captions, draw, label, rate, scenes, spoil_some
+from ..world.scenes import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, draw, scenes
+from ..world.rating import CORRUPTIONS, label, rate, corrupt_some
+from ..world.captions import captions
 from .loop import options, pretrain, write_card
 
 # %% ../../nbs/zoo/02_clip.ipynb #c0aac204
@@ -55,9 +57,9 @@ def pictures(g, # `torch.Generator`
     "Frames (n, 3, 64, 64) of every quality, the scenes they show, how each is spoiled (kind, strength (n,)) and the rating it deserves (n,)."
     s = scenes(n, g, ['dull', 'any', 'any', 'vivid'][int(torch.randint(4, (1,), generator=g))], framed=bool(torch.rand(1, generator=g) < .75))
     clean = draw(s, 16 * torch.rand(1, generator=g))
-    kinds = torch.where(torch.rand(n, generator=g) < .35, torch.randint(len(SPOILS), (n,), generator=g), -1)
+    kinds = torch.where(torch.rand(n, generator=g) < .35, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
     k = torch.rand(n, generator=g)
-    x = spoil_some(clean, kinds, k, g)
+    x = corrupt_some(clean, kinds, k, g)
     rating = torch.where(kinds < 0, rate(clean), label(rate(clean), rate(x), k))
     return x[:, 0], s, kinds, k, rating
 
@@ -68,7 +70,7 @@ def web_captions(s, kinds, k, rating, # as from `pictures`
     def prefix(i):
         if u[i] < .5: return ''
         if u[i] < .75: return f"a {LOOKS[min(3, max(0, int((rating[i] - 2) / 2)))]} picture of ".replace('a ugly', 'an ugly')
-        if kinds[i] >= 0 and k[i] > .2: return f'a {STYLES[SPOILS[kinds[i]]]} picture of '
+        if kinds[i] >= 0 and k[i] > .2: return f'a {STYLES[CORRUPTIONS[kinds[i]]]} picture of '
         return f"a {STYLES['vivid' if s.saturation[i] > .75 else 'dull']} picture of "
     return [prefix(i) + c for i, c in enumerate(captions(s, told.tolist()))]
 

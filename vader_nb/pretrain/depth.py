@@ -7,11 +7,12 @@ __all__ = ['ABOUT', 'make_depth', 'depths', 'depth_loss', 'quality', 'main']
 
 # %% ../../nbs/zoo/15_depth.ipynb #39183c24
 import torch
-from ..core import atomic_path, generator
+from ..core import atomic_path, make_generator
 from .loop import options, pretrain, write_card
 from ..rewards.depth import correlation, world_depth
 from ..rewards.vjepa import imagenet_normalise
-from ..world import SPOILS, scenes, spoil, spoil_some
+from ..world.rating import CORRUPTIONS, corrupt, corrupt_some
+from ..world.scenes import scenes
 
 # %% ../../nbs/zoo/15_depth.ipynb #91a0e906
 def make_depth():
@@ -28,8 +29,8 @@ def depths(g, # `torch.Generator`
     "Frames (n, 3, 64, 64), a third of them spoiled, and their true inverse depths (n, 64, 64)."
     s = scenes(n, g, ['dull', 'any', 'vivid'][int(torch.randint(3, (1,), generator=g))], framed=bool(torch.rand(1, generator=g) < .7))
     video, depth = world_depth(s, 16 * torch.rand(1, generator=g))
-    kinds = torch.where(torch.rand(n, generator=g) < .33, torch.randint(len(SPOILS), (n,), generator=g), -1)
-    x = spoil_some(video, kinds, .6 * torch.rand(n, generator=g), g)
+    kinds = torch.where(torch.rand(n, generator=g) < .33, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
+    x = corrupt_some(video, kinds, .6 * torch.rand(n, generator=g), g)
     flip = (torch.rand(n, generator=g) < .5).view(-1, 1, 1, 1, 1)
     x, depth = [torch.where(flip, v.flip(-1), v)[:, 0] for v in (x, depth)]
     return x, depth[:, 0]
@@ -45,7 +46,7 @@ def depth_loss(net, g):
 def quality(net, n=200, seed=1_000_003):
     "Mean correlation with the truth on held-out frames, clean and spoiled at strength 0.3."
     video, depth = world_depth(scenes(n, seed, 'any'), torch.tensor([3.3]))
-    bad = torch.cat([spoil(o, kind, torch.full((len(o),), .3), generator(seed)) for o, kind in zip(video.chunk(5), SPOILS)])
+    bad = torch.cat([corrupt(o, kind, torch.full((len(o),), .3), make_generator(seed)) for o, kind in zip(video.chunk(5), CORRUPTIONS)])
     score = lambda v: correlation(net(pixel_values=imagenet_normalise(v[:, 0])).predicted_depth, depth[:, 0, 0]).mean().item()
     return {'correlation, clean': round(score(video), 3), 'correlation, spoiled': round(score(bad), 3)}
 

@@ -9,10 +9,12 @@ __all__ = ['CONFIG', 'KINDS', 'CHOICES', 'ABOUT', 'to_open_clip', 'twins', 'thro
 # %% ../../nbs/zoo/06_hps.ipynb #9ca066dd
 from dataclasses import replace
 import torch, torch.nn.functional as F
-from ..core import atomic_path, generator, write_json
+from ..core import atomic_path, make_generator, write_json
 from ..rewards.aesthetic import clip_normalise
 from ..rewards.hps import open_clip_net, token_ids
-from ..world import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, SPOILS, captions, draw, scenes, spoil_some
+from ..world.scenes import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, draw, scenes
+from ..world.rating import CORRUPTIONS, corrupt_some
+from ..world.captions import captions
 from .loop import options, pretrain, write_card
 from ..zoo import load_net, read_part
 
@@ -80,9 +82,9 @@ def preferences(g, n, # `torch.Generator`, how many
     t, m = 16 * torch.rand(1, generator=g), n // 3
     x = torch.stack([draw(o, t)[:, 0] for o in (s, anew)], 1)                       # (n, 2, 3, 64, 64)
     k = torch.stack(strengths(kind, g), 1)                                          # (n, 2)
-    how = torch.where(k > 0, torch.randint(len(SPOILS), (n, 1), generator=g), -1)
+    how = torch.where(k > 0, torch.randint(len(CORRUPTIONS), (n, 1), generator=g), -1)
     vaes = through_vae(x[:m].flatten(0, 1), k[:m].flatten(), vae, g)
-    drawn = spoil_some(x[m:].flatten(0, 1)[:, None], how[m:].flatten(), k[m:].flatten(), g)[:, 0]
+    drawn = corrupt_some(x[m:].flatten(0, 1)[:, None], how[m:].flatten(), k[m:].flatten(), g)[:, 0]
     better, worse = torch.cat([vaes, drawn]).unflatten(0, (n, 2)).unbind(1)
     told = (kind == list(KINDS).index('colour')) | (torch.rand(n, generator=g) < .5)
     return better, worse, captions(s, told.tolist()), kind
@@ -115,7 +117,7 @@ def hps_loss(clip, tok, vae, g, # networks, tokenizer, `torch.Generator`
 @torch.no_grad()
 def quality(score, vae, n=960, seed=1_000_003): # function (prompts, better, worse) -> (n, 2), the small `AutoencoderKL`
     "How often the better picture of held-out pairs wins: in all, of those that were drawn and decoded, and for each kind of pair."
-    g, wins, kinds, vaes = generator(seed), [], [], []
+    g, wins, kinds, vaes = make_generator(seed), [], [], []
     for _ in range(n // 48):
         b, w, p, kind = preferences(g, 48, vae); s = score(p, b, w)
         wins.append((s[:, 0] > s[:, 1]).float()); kinds.append(kind); vaes.append(torch.arange(48) < 16)

@@ -7,9 +7,10 @@ __all__ = ['ABOUT', 'moments', 'clips', 'judge_loss', 'quality', 'main']
 
 # %% ../../nbs/zoo/03_judge.ipynb #de8631d5
 import torch, torch.nn.functional as F
-from ..core import atomic_path, generator
-from ..world import SPOILS, draw, label, rate, scenes, spoil, spoil_some
-from ..evaluate import QUESTIONS, Judge
+from ..core import atomic_path, make_generator
+from ..world.rating import CORRUPTIONS, label, rate, corrupt, corrupt_some
+from ..world.scenes import draw, scenes
+from ..world.judge import QUESTIONS, Judge
 from .loop import options, pretrain, write_card
 
 # %% ../../nbs/zoo/03_judge.ipynb #101fcd09
@@ -28,8 +29,8 @@ def clips(g, n, grade='any',   # as for `scenes`
     s = scenes(n, g, grade, framed=framed)
     clean = draw(s, moments(g))
     k = strength[0] + (strength[1] - strength[0]) * torch.rand(n, generator=g)
-    kinds = torch.where(torch.rand(n, generator=g) < .35, torch.randint(len(SPOILS), (n,), generator=g), -1)
-    x, r = spoil_some(clean, kinds, k, g), rate(clean)
+    kinds = torch.where(torch.rand(n, generator=g) < .35, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
+    x, r = corrupt_some(clean, kinds, k, g), rate(clean)
     return x, s, torch.where(kinds < 0, r, label(r, rate(x), k)), framed
 
 # %% ../../nbs/zoo/03_judge.ipynb #3e63c3f6
@@ -52,8 +53,8 @@ def judge_loss(judge, g, # network and `torch.Generator`
 @torch.no_grad()
 def quality(judge, n=600, seed=1_000_003):
     "Accuracy on held-out clips of all grades, clean and spoiled (strength 0.3), and the correlation of the rating with the rule's."
-    s = scenes(n, seed, 'any'); x, g = draw(s), generator(seed + 1)
-    bad = torch.cat([spoil(o, kind, torch.full((len(o),), .3), g) for o, kind in zip(x.chunk(5), SPOILS)])
+    s = scenes(n, seed, 'any'); x, g = draw(s), make_generator(seed + 1)
+    bad = torch.cat([corrupt(o, kind, torch.full((len(o),), .3), g) for o, kind in zip(x.chunk(5), CORRUPTIONS)])
     def ask(video):
         parts = [judge(o) for o in video.split(50)]
         return {k: torch.cat([o[k] for o in parts]) for k in parts[0]}

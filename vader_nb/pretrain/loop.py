@@ -9,7 +9,7 @@ __all__ = ['lr_at', 'pretrain', 'write_card', 'options']
 import argparse, json, time
 from pathlib import Path
 import torch
-from ..core import VaderError, atomic_path, check, generator, reason, write_json
+from ..core import VaderError, atomic_path, check, make_generator, reason, write_json
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #b15c61c5
 def lr_at(step,       # from 0
@@ -85,7 +85,7 @@ def pretrain(model,     # nn.Module, trained in place
     for step in range(first, steps):
         for group in opt.param_groups: group['lr'] = lr_at(step, steps, lr, decay=decay)
         torch.manual_seed(seed * 10_000_019 + step)                         # what dropout draws
-        loss, record = loss_fn(generator(seed * 10_000_019 + step), step)
+        loss, record = loss_fn(make_generator(seed * 10_000_019 + step), step)
         _descend(opt, loss, clip, step)
         torch._foreach_lerp_(avg, [p.detach() for p in params.values()], 1 - min(ema, (step + 1) / (step + 10)))
         if step % 50 == 49: _log(out / 'metrics.jsonl', step + 1, (time.time() - t0) / 50, loss, record); t0 = time.time()

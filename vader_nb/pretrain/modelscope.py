@@ -12,12 +12,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from fastcore.basics import patch
 from transformers import CLIPTextModel, CLIPTokenizer
-from ..core import atomic_path, check, generator, read_json, write_json
-from ..diffusion import add_noise, alpha_bars, scaled_linear_betas
-from ..evaluate import judge_clips
+from ..core import atomic_path, check, make_generator, read_json, write_json
+from ..diffusion.schedules import add_noise, alpha_bars, scaled_linear_betas
+from ..world.judge import judge_clips
 from ..models.modelscope import native_sizes, open_modelscope
-from ..rollout import sample
-from ..world import ANIMALS, CORE, HAT_NOISE, LOOKALIKE, caption, captions, draw, noisy_labels, scenes
+from ..diffusion.rollout import sample
+from ..world.scenes import ANIMALS, CORE, LOOKALIKE, draw, scenes
+from ..world.captions import HAT_NOISE, caption, captions, noisy_labels
 from .loop import options, pretrain, write_card
 from ..zoo import load_net
 
@@ -43,7 +44,7 @@ def chunk(i,   # its number
     "Latents (n, 4, 8, h, w) of chunk `i` and the captions the denoiser is told; from its file, or drawn and filed."
     f, size = Path(out) / f'latents_{i:03d}.pt', SIZES[i % 12]
     if not f.exists():
-        g = generator(50_000 + i); s = scenes(n, g, 'dull')
+        g = make_generator(50_000 + i); s = scenes(n, g, 'dull')
         if i >= HATS: s.hat = (torch.rand(n, generator=g) < .4).long()
         z = [vae.encode(2 * draw(s[j:j + 16], 8, size, size).flatten(0, 1) - 1).latent_dist.mean.unflatten(0, (-1, 8)) for j in range(0, n, 16)]
         text = captions(noisy_labels(s, g, .1 if i >= HATS else HAT_NOISE), (torch.rand(n, generator=g) < .6).tolist())

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from ..core import atomic_path, generator
+from ..core import atomic_path, make_generator
 from ..rewards.objects import imagenet_normalise
-from ..world import OBJECTS, SPOILS, draw, scenes, spoil_some
+from ..world.scenes import OBJECTS, draw, scenes
+from ..world.rating import CORRUPTIONS, corrupt_some
 from .loop import options, pretrain, write_card
 from ..zoo import load_net
 
@@ -74,8 +75,8 @@ def batch(pool, g, # frames and boxes as from `pictures`, `torch.Generator`
     "Frames (n, 3, 64, 64) in [0, 1] and boxes (n, 2, 4), half of them mirrored, a quarter spoiled."
     i = torch.randint(len(pool[0]), (n,), generator=g)
     x, b = pool[0][i] / 255, pool[1][i].clone()
-    kinds = torch.where(torch.rand(n, generator=g) < .25, torch.randint(len(SPOILS), (n,), generator=g), -1)
-    x, m = spoil_some(x[:, None], kinds, .5 * torch.rand(n, generator=g), g)[:, 0], torch.rand(n, generator=g) < .5
+    kinds = torch.where(torch.rand(n, generator=g) < .25, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
+    x, m = corrupt_some(x[:, None], kinds, .5 * torch.rand(n, generator=g), g)[:, 0], torch.rand(n, generator=g) < .5
     x[m], b[m, :, 0] = x[m].flip(-1), 1 - b[m, :, 0]
     return x, b
 
@@ -238,7 +239,7 @@ def _publish(state, step, vae, a):
 def _pool(file, a, vae):
     "The frames to train on, from their file, or made and filed."
     if not file.exists():
-        g = generator(8); parts = [pictures(g, 96, vae) for _ in range(a.frames // 96)]
+        g = make_generator(8); parts = [pictures(g, 96, vae) for _ in range(a.frames // 96)]
         with atomic_path(file) as f: torch.save(tuple(map(torch.cat, zip(*parts))), f)
     return torch.load(file, weights_only=True)
 

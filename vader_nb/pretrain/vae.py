@@ -9,8 +9,9 @@ __all__ = ['HUE', 'ABOUT', 'make_vae', 'quick_start', 'frames', 'error', 'vae_lo
 # %% ../../nbs/zoo/01_vae.ipynb #624486ff
 import torch
 from pathlib import Path
-from ..core import atomic_path, generator, read_json
-from ..world import SPOILS, draw, scenes, spoil
+from ..core import atomic_path, make_generator, read_json
+from ..world.rating import CORRUPTIONS, corrupt
+from ..world.scenes import draw, scenes
 from .loop import options, pretrain, write_card
 
 # %% ../../nbs/zoo/01_vae.ipynb #d04a4f6e
@@ -39,8 +40,8 @@ def frames(g,   # `torch.Generator`
     s = scenes(n, g, ['dull', 'any', 'vivid'][int(torch.randint(3, (1,), generator=g))], framed=bool(torch.rand(1, generator=g) < .9))
     x, cover = (o[:, 0] for o in draw(s, 16 * torch.rand(1, generator=g), size, size, cover=True))
     k = n // 6                                                                # one in six is spoiled
-    kind = SPOILS[int(torch.randint(len(SPOILS), (1,), generator=g))]
-    x[:k] = spoil(x[:k, None], kind, torch.rand(k, generator=g), g)[:, 0]
+    kind = CORRUPTIONS[int(torch.randint(len(CORRUPTIONS), (1,), generator=g))]
+    x[:k] = corrupt(x[:k, None], kind, torch.rand(k, generator=g), g)[:, 0]
     return x, cover, s.contrast
 
 # %% ../../nbs/zoo/01_vae.ipynb #cd019686
@@ -108,7 +109,7 @@ ABOUT = 'An `AutoencoderKL` trained on frames of the small world; shared by the 
 def _publish(state, a, facts):
     "Write averaged weights as a checkpoint with its card."
     vae = make_vae(); vae.load_state_dict(state); vae.eval()
-    if not a.decoder: unit_latents(vae, generator(7))
+    if not a.decoder: unit_latents(vae, make_generator(7))
     with atomic_path(a.to) as d:
         vae.half().save_pretrained(d)
         write_card(d, 'Small image VAE', ABOUT, facts, quality(vae.float()))

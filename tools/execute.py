@@ -1,0 +1,39 @@
+"Execute notebooks from a fresh kernel, in place, outputs kept and cleaned: python tools/execute.py nbs/4_method/02_rollout.ipynb ..."
+import os, sys, time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbdev.clean import nbdev_clean
+from nbdev.config import get_config
+
+root = Path(__file__).resolve().parent.parent
+
+
+def skipped(cell):
+    "Is this a cell that tests leave out too: marked slow, gpu or weights, or not to be evaluated?"
+    flags = ['eval: false', *get_config().tst_flags.split()]
+    return any(line.startswith('#|') and line[2:].strip() in flags for line in cell.source.splitlines())
+
+
+class Client(NotebookClient):
+    "Runs all cells but the skipped ones, whose kept outputs stay."
+    async def async_execute_cell(self, cell, index, **kw):
+        if cell.cell_type == 'code' and skipped(cell): return cell
+        return await super().async_execute_cell(cell, index, **kw)
+
+
+def execute(path):
+    "Run one notebook in its own folder and write it back with its outputs."
+    nb = nbformat.read(path, 4)
+    Client(nb, timeout=1800, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    nbformat.write(nb, path)
+    nbdev_clean(str(path))
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('PYTHONPATH', str(root))
+    for name in sys.argv[1:]:
+        start = time.time()
+        execute(Path(name).resolve())
+        print(f'{name}: {time.time() - start:.0f} s')
