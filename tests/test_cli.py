@@ -10,7 +10,7 @@ from vader_nb.cli import main
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     "An experiment on a tiny model, and no judges."
-    e = experiments.Experiment('nowhere', 'to test', lambda *a: tiny_model(), lambda *a: bright(), lambda scale: (PROMPTS, TESTS), dict(TINY, steps=2), dict(TINY))
+    e = experiments.Experiment('nowhere', 'to test', lambda *a: tiny_model(), lambda *a: bright(), lambda scale: (PROMPTS, TESTS), dict(TINY, train_steps=2), dict(TINY))
     monkeypatch.setitem(experiments.EXPERIMENTS, 'tiny', e)
     for where in ('vader_nb.experiments.registry', 'vader_nb.world.judge'): monkeypatch.setattr(f'{where}.judge_clips', lambda video, prompts: {})
     monkeypatch.setattr('vader_nb.models.modelscope.load_modelscope', lambda *a: tiny_model())
@@ -31,12 +31,12 @@ def test_list(capsys):
 
 def test_run_resume_eval_sample(capsys, tmp_path):
     run = tmp_path/'run'
-    code, out, _ = said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu', '--tricks', 'layers')
-    assert code == 0 and str(run/'report.md') in out and json.loads((run/'config.json').read_text())['tricks'] == 'layers'
+    code, out, _ = said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu', '--tricks', 'checkpointing')
+    assert code == 0 and str(run/'report.md') in out and json.loads((run/'config.json').read_text())['tricks'] == 'checkpointing'
     before = (run/'lora/adapter_model.safetensors').read_bytes()
     code, _, err = said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu')
     assert code == 2 and '--resume' in err
-    assert said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu', '--tricks', 'layers', '--resume')[0] == 0
+    assert said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu', '--tricks', 'checkpointing', '--resume')[0] == 0
     assert (run/'lora/adapter_model.safetensors').read_bytes() == before
     code, out, _ = said(capsys, 'eval', run, '--device', 'cpu')
     after = [json.loads(l) for l in (run/'eval.jsonl').read_text().splitlines()]

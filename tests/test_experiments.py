@@ -22,8 +22,8 @@ def test_training_and_test_prompts_are_kept_apart(name, scale):
 
 def test_the_published_numbers():
     c = experiment_config('modelscope-aesthetic', 'full')
-    assert (c.lr, c.clip, c.rank, c.alpha, c.K, c.decode) == (2e-4, 1, 16, 8, 1, 1)
-    assert (c.T, c.guidance, c.frames, c.precision, c.batch * c.accumulate) == (25, 9, 16, 'fp16', 16)
+    assert (c.lr, c.max_grad_norm, c.rank, c.alpha, c.K, c.decoded_frames) == (2e-4, 1, 16, 8, 1, 1)
+    assert (c.T, c.guidance, c.frames, c.mixed_precision, c.batch_size * c.gradient_accumulation_steps) == (25, 9, 16, 'fp16', 16)
 
 def test_the_full_scale_prompts():
     assert len(ACTIONS) == 50 and len(COMMON_ANIMALS) == len(set(COMMON_ANIMALS)) == 45 and len(activity_prompts()) == 45

@@ -312,7 +312,7 @@ def test_lora_learns_through_flow_and_decoder(where):
 
 
 def test_a_training_step():
-    model, config = tiny(), Config(sampler='rflow', frames=34, height=32, width=48, batch=2, T=2, K=1, where='last', guidance=2., decode=2)
+    model, config = tiny(), Config(sampler='rflow', frames=34, height=32, width=48, batch_size=2, T=2, K=1, where='last', guidance=2., decoded_frames=2)
     learn, bright = add_lora(model, rank=2, alpha=2), reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)), 'bright')
     seen = []
     model.sampler = lambda *args, **kw: seen.append(OpenSora.sampler(model, *args, **kw)) or seen[-1]

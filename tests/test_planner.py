@@ -32,7 +32,7 @@ def tables(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
 
 
-@pytest.mark.parametrize('words', ['', 'layers slices passes park'])
+@pytest.mark.parametrize('words', ['', 'checkpointing vae_slicing batch_slicing encoder_offload'])
 def test_the_simulation_agrees_with_the_trainers_own_step(words):
     config = replace(config_for('tiny', 'contrast', K=2), rank=4)
     told = simulate('tiny', 'contrast', config, words)
@@ -48,7 +48,7 @@ def test_the_simulation_agrees_with_the_trainers_own_step(words):
     counters = 512 * len(learn)  # Adam counts its steps on the CPU, which only here is the device
     for part, extra in (('learning', counters), ('denoiser', 0), ('decoder', 0)):
         assert told.parts.get(part, 0) + extra == pytest.approx(real.parts.get(part, 0), rel=.01, abs=2**12)
-    if 'park' in words: assert told.parts['weights'] < real.parts['weights']  # a CPU has nowhere to park the text encoder
+    if 'encoder_offload' in words: assert told.parts['weights'] < real.parts['weights']  # a CPU has nowhere to park the text encoder
     else: assert told.peak + counters == pytest.approx(real.peak, rel=.01)
 
 def test_weights_are_counted_to_the_byte():
@@ -87,11 +87,11 @@ def test_a_question_is_simulated_once(monkeypatch):
     calls, c = [], config_for('tiny', 'contrast')
     monkeypatch.setattr(planner, 'simulate', lambda *a: calls.append(a) or Reading(5, dict(weights=5), dict(denoiser=1.), dict(denoiser=1.), 0))
     assert cached('tiny', 'contrast', c) == cached('tiny', 'contrast', c) and len(calls) == 1
-    cached('tiny', 'contrast', c, 'layers'), cached('tiny', 'contrast', replace(c, K=2)), cached('tiny', 'contrast', c, rounds=3)
+    cached('tiny', 'contrast', c, 'checkpointing'), cached('tiny', 'contrast', replace(c, K=2)), cached('tiny', 'contrast', c, rounds=3)
     assert len(calls) == 4
 
 def test_a_decoder_of_neighbours_is_not_sliced():
-    assert all('slices' not in s for name in ('svd', 'wan') for s in sets_for(name)) and any('slices' in s for s in sets_for('modelscope'))
+    assert all('vae_slicing' not in s for name in ('svd', 'wan') for s in sets_for(name)) and any('vae_slicing' in s for s in sets_for('modelscope'))
 
 def test_arithmetic_of_a_real_step():
     assert arithmetic(Reading(0, {}, dict(denoiser=7., reward=1.), dict(denoiser=2.), 0), 2, 25) == 8 + 23 * 2
@@ -105,10 +105,10 @@ def test_one_clear_line(capsys, args, words):
     assert words in err and len(err.splitlines()) == 1
 
 def test_the_command(capsys, monkeypatch):
-    monkeypatch.setattr(planner, 'SETS', ['layers'])
+    monkeypatch.setattr(planner, 'SETS', ['checkpointing'])
     assert main(['memory', '--base', 'tiny', '--reward', 'contrast', '--budget', '2', '--frames', '4', '--size', '32x32']) == 0
     out = capsys.readouterr().out
-    assert 'tiny with contrast: 4 x 32 x 32, K = 1' in out and 'fits in 2 GB' in out and 'tricks: layers' in out
+    assert 'tiny with contrast: 4 x 32 x 32, K = 1' in out and 'fits in 2 GB' in out and 'tricks: checkpointing' in out
 
 @pytest.mark.parametrize('base', ['modelscope', 'videocrafter', 'opensora', 'svd', 'wan'])
 def test_the_recorded_survey_is_of_this_code(base):
@@ -127,9 +127,9 @@ def test_a_changed_adapter_is_another_question(monkeypatch, tmp_path):
 
 def test_remembered_shapes_change_no_figure(monkeypatch):
     config = replace(config_for('tiny', 'contrast', K=2), rank=4)
-    told = simulate('tiny', 'contrast', config, 'layers passes offload')
+    told = simulate('tiny', 'contrast', config, 'checkpointing batch_slicing activation_offload')
     monkeypatch.setattr(Recall, '__call__', lambda self, func, args, kw: func(*args, **kw))
-    assert simulate('tiny', 'contrast', config, 'layers passes offload') == told
+    assert simulate('tiny', 'contrast', config, 'checkpointing batch_slicing activation_offload') == told
 
 def test_what_is_remembered_is_new_and_of_meta():
     recall, ops = Recall(), torch.ops.aten

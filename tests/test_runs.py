@@ -48,10 +48,10 @@ def test_random_states_come_back():
 def test_mixed_seeds_differ(): assert len({fold_seed(i, j) for i in range(30) for j in range(30)}) == 900
 
 def test_whose_folder(tmp_path):
-    settings = dict(experiment='a', lr=.1, steps=5)
+    settings = dict(experiment='a', lr=.1, train_steps=5)
     check_folder(tmp_path/'new', settings); check_folder(tmp_path, settings)
     write_json(tmp_path/'config.json', settings)
-    check_folder(tmp_path, dict(settings, steps=9), resume=True)
+    check_folder(tmp_path, dict(settings, train_steps=9), resume=True)
     with pytest.raises(VaderError, match='--resume'): check_folder(tmp_path, settings)
     with pytest.raises(VaderError, match="its experiment is 'a', not 'b'"): check_folder(tmp_path, dict(settings, experiment='b'), resume=True)
     (tmp_path/'config.json').write_text('{"experiment"')
@@ -80,3 +80,17 @@ def test_the_gain_over_seeds(tmp_path):
     assert first_and_last(runs, 'reward').tolist() == [[1, 3], [2, 6]]
     assert seeds_table(runs, ['reward']).splitlines()[-1] == '| reward | 1.00 → 3.00 | 2.00 → 6.00 | +3.00 ± 1.41 |'
     assert seeds_table(runs[:1], ['reward']).endswith('| +2.00 |')
+
+def test_settings_of_an_older_run_are_read_under_todays_names(tmp_path):
+    from vader_nb.config import read_config
+    from vader_nb.core import read_json, write_json
+    from vader_nb.records import recorded
+    folder, = recorded('modelscope-action-small-0')
+    old, c = read_json(folder/'config.json'), read_config(folder)
+    assert 'train_steps' not in old and (c.train_steps, c.batch_size, c.max_grad_norm, c.mixed_precision) == (old['steps'], old['batch'], old['clip'], old['precision'])
+    write_json(tmp_path/'config.json', dict(old, tricks='layers slices turns'))
+    assert read_config(tmp_path).tricks == 'checkpointing vae_slicing model_offload'
+    check_folder(tmp_path, dict(train_steps=99, batch_size=old['batch'], tricks='checkpointing vae_slicing model_offload'), resume=True)
+    with pytest.raises(VaderError, match='batch_size'): check_folder(tmp_path, dict(batch_size=old['batch'] + 1), resume=True)
+    write_json(tmp_path/'config.json', dict(steps=3))
+    with pytest.raises(VaderError, match='not written by vader run'): read_config(tmp_path)

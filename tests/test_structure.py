@@ -112,8 +112,8 @@ def test_the_map_leads_to_real_headings():
 def test_the_example_of_the_index_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example, = [s for s in code(root/'nbs/index.ipynb') if 'fit(' in s]
-    assert 'Config(steps=30)' in example
-    exec(example.replace('Config(steps=30)', 'Config(steps=1, batch=1, T=2, K=2)').replace('steps=12', 'steps=2'), {})
+    assert 'Config(train_steps=30)' in example
+    exec(example.replace('Config(train_steps=30)', 'Config(train_steps=1, batch_size=1, T=2, K=2)').replace('T=12', 'T=2'), {})
     assert (tmp_path/'runs/mine/lora').exists()
 
 

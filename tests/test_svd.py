@@ -175,7 +175,7 @@ def test_gradients_reach_every_lora_but_the_queries_and_keys_of_a_single_vector(
 def test_a_training_step_improves_a_reward():
     m = adapter(tiny_pipeline(3))
     learn = add_lora(m, 4, 4)
-    config = Config(batch=2, T=3, K=2, where='x0', sampler='euler', guidance=2., frames=4, height=32, width=40, lr=1e-2)
+    config = Config(batch_size=2, T=3, K=2, where='x0', sampler='euler', guidance=2., frames=4, height=32, width=40, lr=1e-2)
     reward = reward_from(lambda v, p: v.mean((1, 2, 3, 4)), 'bright')
     opt, scores = torch.optim.Adam(learn, 1e-2), []
     for _ in range(4):

@@ -20,7 +20,7 @@ from vader_nb.training.trainer import check_gradient, fit, one_pass, optimizer_s
 from vader_nb.training.vader import vader_step
 
 here = Path(__file__).parent
-LONG = dict(steps=5, save_every=2, accumulate=2)
+LONG = dict(train_steps=5, save_every=2, gradient_accumulation_steps=2)
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +100,7 @@ def test_stopped_in_an_awkward_moment(unbroken, tmp_path, monkeypatch, file):
     assert_equal_runs(unbroken[0], tmp_path)
 
 def test_a_finished_run_can_be_taken_further(unbroken, tmp_path):
-    list(tiny_fit(tmp_path, chance=.01, changes=dict(LONG, steps=4)))
+    list(tiny_fit(tmp_path, chance=.01, changes=dict(LONG, train_steps=4)))
     assert [r['step'] for r in tiny_fit(tmp_path, chance=.01, changes=LONG, resume=True)] == [5]
     assert timeless(tmp_path) == timeless(unbroken[0])
 
@@ -113,7 +113,7 @@ def test_a_loop_may_be_left(tmp_path):
 # one process or two
 
 def test_two_processes_are_one(tmp_path):
-    changes = dict(steps=2, batch=4, accumulate=2, where='last', eta=1.)
+    changes = dict(train_steps=2, batch_size=4, gradient_accumulation_steps=2, where='last', eta=1.)
     port = str(29600 + os.getpid() % 300)
     two = command('-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port', port, here/'tiny_run.py', tmp_path/'two', json.dumps(changes))
     list(tiny_fit(tmp_path/'one', changes=changes))
@@ -127,22 +127,22 @@ def test_two_processes_are_one(tmp_path):
 # a step
 
 def test_passes_add_up_to_their_mean(tmp_path):
-    config = Config(**TINY, accumulate=2)
+    config = Config(**TINY, gradient_accumulation_steps=2)
     def gradient(numbers, accumulate):
-        run = start(tiny_model(), bright(), replace(config, accumulate=accumulate), tmp_path)
+        run = start(tiny_model(), bright(), replace(config, gradient_accumulation_steps=accumulate), tmp_path)
         for i in numbers: one_pass(run, vader_step, bright(), PROMPTS, i)
         return torch.cat([p.grad.flatten() for p in run.weights.values()])
     both, first, second = gradient([0, 1], 2), gradient([0], 1), gradient([1], 1)
     assert torch.allclose(both, (first + second) / 2, atol=1e-6 * both.abs().max())
 
 def test_the_gradient_is_clipped(tmp_path):
-    run = start(tiny_model(), bright(), Config(**TINY, clip=1e-6), tmp_path)
+    run = start(tiny_model(), bright(), Config(**TINY, max_grad_norm=1e-6), tmp_path)
     one_pass(run, vader_step, bright(), PROMPTS, 0)
     norm = train.clip_gradient(run)
     assert norm > 1e-5 and torch.nn.utils.get_total_norm([p.grad for p in run.weights.values()]) == pytest.approx(1e-6, rel=.01)
 
 def test_everything_is_counted(tmp_path):
-    run = start(tiny_model(), bright(), Config(**TINY, where='last', accumulate=3), tmp_path)
+    run = start(tiny_model(), bright(), Config(**TINY, where='last', gradient_accumulation_steps=3), tmp_path)
     record = optimizer_step(run, vader_step, bright(), PROMPTS)
     assert record['reward_queries'] == 3 * 2 and record['denoiser_passes'] == 3 * 2 * 3 * 2  # passes, clips, T, both halves of guidance
 
@@ -151,7 +151,7 @@ def test_dropout_never_runs(tmp_path):
     def step_fn(model, *args):
         seen.append(any(m.training for m in model.denoiser.modules()))
         return vader_step(model, *args)
-    list(tiny_fit(tmp_path, changes=dict(steps=2, save_every=1, eval_every=1), step_fn=step_fn))
+    list(tiny_fit(tmp_path, changes=dict(train_steps=2, save_every=1, eval_every=1), step_fn=step_fn))
     assert seen == [False, False]
 
 def test_a_clip_reward_sees_all_frames():
@@ -162,7 +162,7 @@ def test_a_clip_reward_sees_all_frames():
     assert seen == [1, 4]
 
 def test_memory_does_not_grow_with_T(tmp_path):
-    run = start(tiny_model(), bright(), Config(**TINY, tricks='layers'), tmp_path)
+    run = start(tiny_model(), bright(), Config(**TINY, tricks='checkpointing'), tmp_path)
     kept = [saved_bytes(lambda: vader_step(run.model, bright(), PROMPTS[:2], replace(run.config, T=T, K=1, where='last'), make_generator(0))) for T in (2, 8)]
     assert kept[0] > 0 and kept[1] <= kept[0] * 1.001
 
@@ -171,18 +171,18 @@ def test_exact_tricks_leave_the_gradient_alone(tmp_path):
         run = start(tiny_model(), bright(), Config(**TINY, tricks=words), tmp_path)
         one_pass(run, vader_step, bright(), PROMPTS, 0)
         return torch.cat([p.grad.flatten() for p in run.weights.values()])
-    plain, thrifty = gradient(''), gradient('layers passes slices offload turns')
+    plain, thrifty = gradient(''), gradient('checkpointing batch_slicing vae_slicing activation_offload model_offload')
     assert plain.abs().max() > 0 and torch.allclose(plain, thrifty, atol=1e-5 * plain.abs().max())
 
 def test_a_run_with_tricks_is_a_run(tmp_path):
-    plain, thrifty = [[r['reward'] for r in fit(tiny_model(), bright(), PROMPTS, Config(**{**TINY, 'steps': 2}, tricks=words), tmp_path/(words or 'plain'), tests=PROMPTS[:2])]
-                      for words in ('', 'layers passes turns')]
+    plain, thrifty = [[r['reward'] for r in fit(tiny_model(), bright(), PROMPTS, Config(**{**TINY, 'train_steps': 2}, tricks=words), tmp_path/(words or 'plain'), eval_prompts=PROMPTS[:2])]
+                      for words in ('', 'checkpointing batch_slicing model_offload')]
     assert len(plain) == 2 and plain == pytest.approx(thrifty, rel=1e-4)
-    assert (tmp_path/'layers passes turns'/'lora'/'adapter_model.safetensors').exists()
+    assert (tmp_path/'checkpointing batch_slicing model_offload'/'lora'/'adapter_model.safetensors').exists()
     with pytest.raises(VaderError, match="unknown trick 'magic'"): Config(tricks='magic')
 
 def test_bf16_keeps_the_lora_in_float32(tmp_path):
-    run = start(tiny_model(), bright(), Config(**TINY, precision='bf16'), tmp_path)
+    run = start(tiny_model(), bright(), Config(**TINY, mixed_precision='bf16'), tmp_path)
     seen = []
     run.model.denoiser.base_model.model.conv_out.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     record = optimizer_step(run, vader_step, bright(), PROMPTS)
@@ -200,7 +200,7 @@ def breaks_in(step, fn):
                                        (lambda r: r + (r * 0).sqrt(), 'the gradient is not finite')])
 def test_what_is_not_finite_stops_the_run(tmp_path, fn, words):
     with pytest.raises(VaderError, match=f'{words}.*step 4; the last good checkpoint is .*step_000002') as e:
-        list(fit(tiny_model(), breaks_in(3, fn), PROMPTS, Config(**TINY, steps=5, save_every=2), tmp_path))
+        list(fit(tiny_model(), breaks_in(3, fn), PROMPTS, Config(**TINY, train_steps=5, save_every=2), tmp_path))
     assert '\n' not in str(e.value)
     assert all(p.isfinite().all() for p in torch.load(checkpoints(tmp_path)[-1], weights_only=True)['lora'].values())
 
@@ -221,13 +221,13 @@ def test_no_space_left(tmp_path, monkeypatch):
     assert steps == [1, 2, 3] and [p.name for p in checkpoints(tmp_path)] == ['step_000002.pt'] and len(read_lines(tmp_path/'metrics.jsonl')) == 4
     assert [r['step'] for r in tiny_fit(tmp_path, changes=LONG, resume=True)] == [3, 4, 5]
 
-@pytest.mark.parametrize('changes', [dict(K=0), dict(K=13), dict(T=0), dict(steps=-1), dict(steps=0), dict(steps=2.5), dict(lr=float('nan')), dict(lr=0), dict(where='end'),
-                                     dict(sampler='heun'), dict(precision='int8'), dict(scale='huge'), dict(decode=9), dict(eta=2.), dict(rank=True), dict(seed=-1), dict(clip=0.)])
+@pytest.mark.parametrize('changes', [dict(K=0), dict(K=13), dict(T=0), dict(train_steps=-1), dict(train_steps=0), dict(train_steps=2.5), dict(lr=float('nan')), dict(lr=0), dict(where='end'),
+                                     dict(sampler='heun'), dict(mixed_precision='int8'), dict(scale='huge'), dict(decoded_frames=9), dict(eta=2.), dict(rank=True), dict(seed=-1), dict(max_grad_norm=0.)])
 def test_a_config_that_makes_no_sense(changes):
     with pytest.raises(VaderError) as e: Config(**changes)
     assert next(iter(changes)) in str(e.value) and '\n' not in str(e.value)
 
-@pytest.mark.parametrize('changes, words', [(dict(height=20), 'multiples of 8'), (dict(precision='fp16'), 'fp16 needs a GPU')])
+@pytest.mark.parametrize('changes, words', [(dict(height=20), 'multiples of 8'), (dict(mixed_precision='fp16'), 'fp16 needs a GPU')])
 def test_what_the_model_cannot_do_is_said_before_the_run(tmp_path, changes, words):
     with pytest.raises(VaderError, match=words): list(tiny_fit(tmp_path/'run', changes=changes))
     assert not (tmp_path/'run').exists()

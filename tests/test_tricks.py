@@ -43,7 +43,7 @@ def gradient(model, judge, **kw): return torch.cat([g.flatten() for g in torch.a
 def off(a, b): return ((a - b).norm() / b.norm()).item()
 
 
-EXACT = ['layers', 'passes', 'slices', 'offload', 'park', 'turns']
+EXACT = ['checkpointing', 'batch_slicing', 'vae_slicing', 'activation_offload', 'encoder_offload', 'model_offload']
 companies = [' '.join(w) for n in (1, 2, len(EXACT)) for w in combinations(EXACT, n)]  # each alone, all pairs, all of them
 
 @pytest.fixture(scope='module')
@@ -60,7 +60,7 @@ def painted(monkeypatch):
     monkeypatch.setattr(tricks, 'to_host', to_host)
     monkeypatch.setattr(tricks, 'from_host', lambda t, device: pockets[t.data_ptr()][0].clone())
 
-@pytest.mark.parametrize('words', ['turns', 'layers passes slices turns', 'layers offload turns'])
+@pytest.mark.parametrize('words', ['model_offload', 'checkpointing batch_slicing vae_slicing model_offload', 'checkpointing activation_offload model_offload'])
 def test_nothing_that_is_away_is_read(words, true, painted):
     model, judge = model_and_judge(words)
     assert off(gradient(model, judge, K=2), true) < 1e-5
@@ -70,7 +70,7 @@ def test_nothing_that_is_away_is_read(words, true, painted):
     assert off(gradient(model, judge, K=2), true) < 1e-5
 
 def test_turns_really_take_away(painted):
-    model, judge = model_and_judge('turns')
+    model, judge = model_and_judge('model_offload')
     away = lambda net: all(p.isnan().all() for p in net.parameters() if not p.requires_grad)
     assert away(model.vae) and away(judge) and not away(model.denoiser)
     with torch.enable_grad(): l = loss(model, judge)
@@ -86,11 +86,11 @@ def test_mixed_precision_too():
         assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
         with torch.autocast('cpu', torch.bfloat16): return gradient(model, judge)
     plain, exact = run(''), gradient(*model_and_judge())
-    assert off(run('layers'), plain) == off(run('layers offload turns'), plain) == 0 < off(plain, exact) < .2
-    assert off(run('layers passes slices'), exact) < 1.5 * off(plain, exact)
+    assert off(run('checkpointing'), plain) == off(run('checkpointing activation_offload model_offload'), plain) == 0 < off(plain, exact) < .2
+    assert off(run('checkpointing batch_slicing vae_slicing'), exact) < 1.5 * off(plain, exact)
 
 
-COMPANIES = [('layers passes', None), ('layers passes slices offload turns', None), ('layers passes slices offload turns', torch.bfloat16)]
+COMPANIES = [('checkpointing batch_slicing', None), ('checkpointing batch_slicing vae_slicing activation_offload model_offload', None), ('checkpointing batch_slicing vae_slicing activation_offload model_offload', torch.bfloat16)]
 
 def one_process(rank, out):
     torch.distributed.init_process_group('gloo', init_method=f'file://{out}/meet', rank=rank, world_size=2)
@@ -118,13 +118,13 @@ def simulated(words, **kw):
     use_tricks(ghost, judge, words)
     return measure(lambda: loss(ghost, judge, **kw).backward(), ghost, judge)
 
-@pytest.mark.parametrize('words', ['', 'layers', 'layers passes slices'])
+@pytest.mark.parametrize('words', ['', 'checkpointing', 'checkpointing batch_slicing vae_slicing'])
 def test_the_simulator_agrees_with_the_meter(words):
     model, judge = model_and_judge(words)
     real = measure(lambda: loss(model, judge, K=2).backward(), model, judge)
     assert abs(simulated(words, K=2).peak / real.peak - 1) < .01 and sum(real.parts.values()) == real.peak
 
-@pytest.mark.parametrize('words', ['', 'layers'])
+@pytest.mark.parametrize('words', ['', 'checkpointing'])
 def test_the_meter_agrees_with_the_allocator(words):
     model, judge = model_and_judge(words)
     real = measure(lambda: loss(model, judge).backward(), model, judge)
@@ -135,9 +135,9 @@ def test_the_meter_agrees_with_the_allocator(words):
 def test_what_the_tricks_save():
     "Each helps where it should, and one pass at a time makes the peak independent of K."
     above = lambda words, **kw: (r := simulated(words, **kw)).peak - r.parts['weights']
-    plain, layers, passes = map(above, ('', 'layers', 'layers passes slices'))
+    plain, layers, passes = map(above, ('', 'checkpointing', 'checkpointing batch_slicing vae_slicing'))
     assert layers < .6 * plain and passes < .6 * layers
-    assert above('layers', K=3) > 1.2 * layers and above('layers passes slices', K=3) < 1.1 * passes
+    assert above('checkpointing', K=3) > 1.2 * layers and above('checkpointing batch_slicing vae_slicing', K=3) < 1.1 * passes
 
 def test_meter_counts_each_storage_once_and_forgets_the_dead():
     meter = Meter()

@@ -308,7 +308,7 @@ def test_the_full_scale_reads_the_published_file(monkeypatch, checkpoint):
 
 def test_the_small_one_samples():
     model = load_videocrafter('small', 'cpu')
-    video = sample(model, ['a panda riding a bike'], steps=2)
+    video = sample(model, ['a panda riding a bike'], T=2)
     assert video.shape == (1, 8, 3, 64, 64) and video.std() > .02
 
 def test_a_published_training_opens(tmp_path):

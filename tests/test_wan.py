@@ -154,7 +154,7 @@ def test_bad_input(model):
         with pytest.raises(VaderError, match='rectified flow'): model.sampler(3, *args)
     with pytest.raises(VaderError, match='no LoRA'): export_lora(model, 'nowhere')
     with pytest.raises(VaderError, match='only at the full scale'): load_wan('small')
-    with pytest.raises(VaderError, match='one by one'): use_tricks(tiny(), load_aesthetic('small', 'cpu'), 'slices')
+    with pytest.raises(VaderError, match='one by one'): use_tricks(tiny(), load_aesthetic('small', 'cpu'), 'vae_slicing')
 
 def test_sizes(model):
     assert model.size() == [9, 32, 32] and model.size(None, 48) == [9, 48, 32] and model.noise(2, 81, 480, 832).shape == (2, 4, 21, 60, 104)
@@ -163,7 +163,7 @@ def test_sizes(model):
 # Training
 
 @pytest.mark.parametrize('where', ['last', 'x0'])
-@pytest.mark.parametrize('words', ['layers', 'layers passes offload turns park', 'passes offload'])
+@pytest.mark.parametrize('words', ['checkpointing', 'checkpointing batch_slicing activation_offload model_offload encoder_offload', 'batch_slicing activation_offload'])
 def test_the_gradient_is_the_same_with_every_trick(where, words):
     "With guidance and LoRA; under bfloat16 the tricks only repeat the same roundings."
     def gradient(words, dtype=torch.float32):
@@ -180,7 +180,7 @@ def test_the_gradient_is_the_same_with_every_trick(where, words):
     assert (gradient(words, torch.bfloat16) - half).norm() < 2 * (half - true).norm() < .5 * true.norm()
 
 def test_two_steps_of_training_and_the_lora_in_a_plain_pipeline(tmp_path):
-    config = Config(sampler='rflow', where='last', T=2, K=1, frames=9, height=32, width=32, batch=2, decode=1, rank=2, alpha=4., guidance=5., steps=2, lr=.01)
+    config = Config(sampler='rflow', where='last', T=2, K=1, frames=9, height=32, width=32, batch_size=2, decoded_frames=1, rank=2, alpha=4., guidance=5., train_steps=2, lr=.01)
     model = tiny()
     records = list(fit(model, load_aesthetic('small', 'cpu'), PROMPTS, config, tmp_path/'run', PROMPTS[:1]))
     assert [r['step'] for r in records] == [1, 2] and all(r['gradient_norm'] > 0 for r in records)

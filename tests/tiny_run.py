@@ -8,7 +8,7 @@ from vader_nb.config import Config
 from vader_nb.training.trainer import fit
 
 PROMPTS, TESTS = ['a panda riding a bike', 'a fox playing chess', 'a dog washing dishes'], ['a fox riding a bike', 'a panda washing dishes']
-TINY = dict(T=3, K=2, frames=4, height=16, width=16, rank=2, alpha=2., batch=2)
+TINY = dict(T=3, K=2, frames=4, height=16, width=16, rank=2, alpha=2., batch_size=2)
 
 
 def tiny_model(seed=0):

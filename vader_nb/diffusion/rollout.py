@@ -67,7 +67,7 @@ def last(
 def sample(
     model,             # a `VideoModel`
     prompts,           # a text or a list of them: one clip each
-    steps=25,          # T
+    T=25,              # sampling steps
     guidance=4.,
     seed=0,            # decides the noise: the same seed, the same clips
     kind=None,         # of sampler; by default the model's own
@@ -79,7 +79,7 @@ def sample(
     with torch.no_grad(), eval_mode(model.denoiser):
         cond = model.encode(prompts, *size, generator=rng)
         x = model.noise(len(cond), *size, generator=rng)
-        sampler = model.sampler(steps, **(dict(kind=kind) if kind else {}), eta=eta, size=size)
+        sampler = model.sampler(T, **(dict(kind=kind) if kind else {}), eta=eta, size=size)
         state = last(rollout(model, cond, x, sampler, guidance, generator=rng))
         return model.decode(state.step.x).clamp(0, 1)
 

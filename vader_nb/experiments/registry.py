@@ -54,37 +54,37 @@ def load_hps_aesthetic(
     return load_hps(scale, device, version='2.1') + .1 * load_aesthetic(scale, device)
 
 # %% ../../nbs/8_results/01_experiments.ipynb #846fb54f
-videocrafter_full = dict(steps=450, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='ddim', eta=1., guidance=12.,
-                         frames=12, height=320, width=512, precision='fp16', tricks='layers', save_every=5)
-videocrafter_small = dict(steps=20, lr=3e-3, T=10)  # a T that divides 1000: its sampler would take 13 steps for 12
+videocrafter_full = dict(train_steps=450, batch_size=1, gradient_accumulation_steps=8, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='ddim', eta=1., guidance=12.,
+                         frames=12, height=320, width=512, mixed_precision='fp16', tricks='checkpointing', save_every=5)
+videocrafter_small = dict(train_steps=20, lr=3e-3, T=10)  # a T that divides 1000: its sampler would take 13 steps for 12
 
-opensora_full = dict(steps=800, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=30, K=1, where='last', sampler='rflow', guidance=7.,
-                     frames=51, height=240, width=426, precision='bf16', tricks='layers', save_every=5)
-opensora_small = dict(steps=20, sampler='rflow', frames=17)
+opensora_full = dict(train_steps=800, batch_size=1, gradient_accumulation_steps=8, lr=2e-4, rank=16, alpha=8., T=30, K=1, where='last', sampler='rflow', guidance=7.,
+                     frames=51, height=240, width=426, mixed_precision='bf16', tricks='checkpointing', save_every=5)
+opensora_small = dict(train_steps=20, sampler='rflow', frames=17)
 
-svd_full = dict(steps=300, batch=1, accumulate=8, lr=2e-4, rank=16, alpha=8., T=25, K=10, where='x0', sampler='euler', guidance=3.,
-                frames=14, height=320, width=576, precision='fp16', tricks='layers', save_every=5)
-svd_small = dict(steps=20, lr=4e-3, K=8, sampler='euler', guidance=2., eval_every=10)
+svd_full = dict(train_steps=300, batch_size=1, gradient_accumulation_steps=8, lr=2e-4, rank=16, alpha=8., T=25, K=10, where='x0', sampler='euler', guidance=3.,
+                frames=14, height=320, width=576, mixed_precision='fp16', tricks='checkpointing', save_every=5)
+svd_small = dict(train_steps=20, lr=4e-3, K=8, sampler='euler', guidance=2., eval_every=10)
 
-modelscope_full = dict(steps=300, batch=1, accumulate=16, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='dpm++', guidance=9.,
-                       frames=16, height=256, width=256, precision='fp16', tricks='layers', save_every=5)
+modelscope_full = dict(train_steps=300, batch_size=1, gradient_accumulation_steps=16, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='dpm++', guidance=9.,
+                       frames=16, height=256, width=256, mixed_precision='fp16', tricks='checkpointing', save_every=5)
 
 # %% ../../nbs/8_results/01_experiments.ipynb #6daed8f2
 EXPERIMENTS = {
     'modelscope-aesthetic': Experiment('Figures 6 and 7, Table 1', 'ModelScope learns to please the aesthetic predictor', load_modelscope, load_aesthetic,
                                        action_prompts, dict(eval_every=10), modelscope_full),
     'modelscope-action': Experiment('Figures 7 and 8, Table 1', 'ModelScope learns to do what the prompt says', load_modelscope, load_action,
-                                    asked_often(label_prompts, 8), dict(steps=80, batch=14, lr=1e-3, K=12, eval_every=20), modelscope_full),
+                                    asked_often(label_prompts, 8), dict(train_steps=80, batch_size=14, lr=1e-3, K=12, eval_every=20), modelscope_full),
     'modelscope-remove-book': Experiment('Figure 5', 'ModelScope learns to leave out the book that it is asked for', load_modelscope, load_objects,
-                                         asked_often(book_prompts, 4), dict(steps=30, guidance=10.), modelscope_full),
+                                         asked_often(book_prompts, 4), dict(train_steps=30, guidance=10.), modelscope_full),
     'modelscope-hps': Experiment('Figures 6 and 7, Tables 1 and 2', 'ModelScope learns to draw what the prompt asks, hats included', load_modelscope, load_hps,
-                                 asked_often(hat_prompts, 4), dict(steps=20, lr=4e-3), modelscope_full),
+                                 asked_often(hat_prompts, 4), dict(train_steps=20, lr=4e-3), modelscope_full),
     'videocrafter-hps-aesthetic': Experiment('Figures 1 and 3', 'VideoCrafter2 learns what people and the aesthetic predictor like, both at once', load_videocrafter, load_hps_aesthetic,
                                              creative_prompts, videocrafter_small, {**videocrafter_full, 'rank': 8}),
     'videocrafter-pickscore': Experiment('Figure 3', 'VideoCrafter2 learns what people pick', load_videocrafter, load_pickscore,
                                          animal_prompts, videocrafter_small, videocrafter_full),
     'videocrafter-remove-book': Experiment('Figure 5', 'VideoCrafter2 learns to leave out the book that it is asked for', load_videocrafter, load_objects,
-                                           asked_often(book_prompts, 4), dict(steps=40, T=10, guidance=6.), videocrafter_full),
+                                           asked_often(book_prompts, 4), dict(train_steps=40, T=10, guidance=6.), videocrafter_full),
     'opensora-pickscore': Experiment('Figure 6', 'Open-Sora learns what people pick', load_opensora, load_pickscore, action_prompts, opensora_small, opensora_full),
     'svd-aesthetic-dogs': Experiment('Table 1', 'Stable Video Diffusion learns to please the aesthetic predictor, on labradors; tested on malteses', load_svd, load_aesthetic,
                                      dog_images, svd_small, svd_full),

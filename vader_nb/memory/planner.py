@@ -26,8 +26,8 @@ def config_for(base, reward, frames=None, height=None, width=None, K=1, **more):
     own = (max(b.size[0], 16) if reward == 'vjepa' else b.size[0], *b.size[1:])
     f, h, w = [mine if asked is None else asked for asked, mine in zip((frames, height, width), own)]
     for k, v in dict(K=K, frames=f, height=h, width=w).items(): check(v > 0, f'{k} is {v}, but must be at least 1')
-    return Config(**dict(frames=f, height=h, width=w, K=K, T=max(K, 2), where='last', decode=f if reward == 'vjepa' else 1,
-                         rank=16, alpha=16., guidance=b.guidance, precision=b.precision) | more)
+    return Config(**dict(frames=f, height=h, width=w, K=K, T=max(K, 2), where='last', decoded_frames=f if reward == 'vjepa' else 1,
+                         rank=16, alpha=16., guidance=b.guidance, mixed_precision=b.precision) | more)
 
 # %% ../../nbs/6_memory/04_planner.ipynb #7b594fdb
 def cache_folder():
@@ -49,11 +49,11 @@ def cached(base, reward, config, words='', rounds=1, lora=True): # as `simulate`
     return Reading(**read_json(path))
 
 # %% ../../nbs/6_memory/04_planner.ipynb #a01a7f79
-SETS = ['', 'park', 'layers park', 'layers slices passes park', 'layers slices passes turns', 'layers slices passes turns offload']
+SETS = ['', 'encoder_offload', 'checkpointing encoder_offload', 'checkpointing vae_slicing batch_slicing encoder_offload', 'checkpointing vae_slicing batch_slicing model_offload', 'checkpointing vae_slicing batch_slicing model_offload activation_offload']
 
 def sets_for(base):
     "The sets of tricks that a base model knows, the cheapest first."
-    return [s if BASES[base].slices else ' '.join(w for w in s.split() if w != 'slices') for s in SETS]
+    return [s if BASES[base].slices else ' '.join(w for w in s.split() if w != 'vae_slicing') for s in SETS]
 
 @dataclass
 class Plan:
@@ -97,7 +97,7 @@ def describe(base, reward, config, plan, rounds=1):
     "A plan in words and numbers."
     c, r, gb = config, plan.reading, 2**30
     size = f'{c.frames} x {c.height} x {c.width}' + (f', {rounds} rounds' if rounds > 1 else '')
-    lines = [f'{base} with {reward}: {size}, K = {c.K}, {c.precision}, LoRA of rank {c.rank}, {c.decode} decoded frame{"s" * (c.decode > 1)}',
+    lines = [f'{base} with {reward}: {size}, K = {c.K}, {c.mixed_precision}, LoRA of rank {c.rank}, {c.decoded_frames} decoded frame{"s" * (c.decoded_frames > 1)}',
              f'tricks: {plan.words or "none"}',
              f'peak {r.peak/gb:.1f} GB; with 15% and 1.5 GB of margin {plan.needs:.1f} GB: {"fits" if plan.fits else "does not fit"} in {plan.budget:g} GB']
     lines += [f'  {NAMES.get(k, k):28}{v/gb:6.2f} GB' for k, v in sorted(r.parts.items(), key=lambda kv: -kv[1]) if v > 2**20]
@@ -106,16 +106,16 @@ def describe(base, reward, config, plan, rounds=1):
     return '\n'.join(lines)
 
 # %% ../../nbs/6_memory/04_planner.ipynb #104ed085
-RUNGS = [('LoRA, two steps, float32', dict(K=2, precision='fp32'), ''), ('half precision', dict(K=2), ''), ('one step (K = 1)', {}, ''), ('encoders parked', {}, 'park'),
-         ('layers recomputed', {}, 'layers park'), ('one decoded frame', dict(decode=1), 'layers park'), ('guidance halves in turn', dict(decode=1), 'layers slices passes park'),
-         ('networks take turns', dict(decode=1), 'layers slices passes turns'), ('saved tensors offloaded', dict(decode=1), 'layers slices passes turns offload')]
+RUNGS = [('LoRA, two steps, float32', dict(K=2, mixed_precision='fp32'), ''), ('half precision', dict(K=2), ''), ('one step (K = 1)', {}, ''), ('encoders parked', {}, 'encoder_offload'),
+         ('layers recomputed', {}, 'checkpointing encoder_offload'), ('one decoded frame', dict(decoded_frames=1), 'checkpointing encoder_offload'), ('guidance halves in turn', dict(decoded_frames=1), 'checkpointing vae_slicing batch_slicing encoder_offload'),
+         ('networks take turns', dict(decoded_frames=1), 'checkpointing vae_slicing batch_slicing model_offload'), ('saved tensors offloaded', dict(decoded_frames=1), 'checkpointing vae_slicing batch_slicing model_offload activation_offload')]
 
 def ladder(base='modelscope', reward='hps'):
     "Peak memory as the tricks are added one by one: yields the name of each rung and its `Reading`."
     c = config_for(base, reward)
-    full = replace(c, K=2, precision='fp32', decode=c.frames)
+    full = replace(c, K=2, mixed_precision='fp32', decoded_frames=c.frames)
     yield 'all weights, two steps, float32', cached(base, reward, full, lora=False)
-    for name, changes, words in RUNGS: yield name, cached(base, reward, replace(c, **dict(decode=c.frames) | changes), words)
+    for name, changes, words in RUNGS: yield name, cached(base, reward, replace(c, **dict(decoded_frames=c.frames) | changes), words)
 
 SIZES = [('modelscope', 16, 256, 256, 1), ('modelscope', 16, 384, 384, 1), ('videocrafter', 12, 320, 512, 1), ('opensora', 51, 240, 426, 1), ('opensora', 51, 360, 640, 1),
          ('svd', 14, 320, 576, 1), ('svd', 14, 576, 1024, 1), ('svd', 14, 320, 576, 3), ('svd', 14, 576, 1024, 3),

@@ -133,7 +133,7 @@ class Base:
     size: tuple              # frames, height, width of a training clip
     precision: str = 'fp16'
     guidance: float = 9.
-    slices: bool = True      # is the trick `slices` for it? SVD's and Wan's adapters do the like by themselves
+    slices: bool = True      # is the trick `vae_slicing` for it? SVD's and Wan's adapters do the like by themselves
 
 BASES = dict(modelscope=Base(modelscope, (16, 256, 256)), videocrafter=Base(videocrafter, (12, 320, 512), guidance=12.),
              opensora=Base(opensora, (51, 240, 426), 'bf16', 7.), svd=Base(svd, (14, 320, 576), slices=False),
@@ -151,7 +151,7 @@ def video_of(model, config, rounds):
     g, cond, c = make_generator(0), model.encode([PROMPT], config.frames, config.height, config.width), config
     noise = lambda: model.noise(1, c.frames, c.height, c.width, g)
     latents = [differentiable_latents(model, cond, noise(), model.sampler(c.T), c.guidance, c.K, 'last', g) for _ in range(rounds)]
-    shown = list(range(c.frames - c.decode, c.frames))  # the last ones: where a decoder looks back, they need most
+    shown = list(range(c.frames - c.decoded_frames, c.frames))  # the last ones: where a decoder looks back, they need most
     return torch.cat([model.decode(z, shown) for z in latents], 1)
 
 def ready(optimizer):
@@ -169,7 +169,7 @@ def simulate(base,      # one of `BASES`
              lora=True  # False: all weights of the denoiser are trained
              ):         # -> `Reading`
     "The peak of one training step at full size."
-    dtype = pick_dtype(config.precision)
+    dtype = pick_dtype(config.mixed_precision)
     with weightless(dtype): model, judge = find(BASES, 'base', base).build(), freeze(find(REWARDS, 'reward', reward)())
     learn = add_lora(model, config.rank, config.alpha) if lora else list(model.denoiser.requires_grad_(True).parameters())
     use_tricks(model, judge, words)

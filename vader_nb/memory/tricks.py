@@ -152,7 +152,7 @@ def adam(weights,    # list of parameters
          ):
     "AdamW; raises `VaderError` if 8 bits are asked for and bitsandbytes is not installed."
     if not bits8: return torch.optim.AdamW(weights, lr)
-    check(importlib.util.find_spec('bitsandbytes'), 'adam8 needs bitsandbytes: pip install bitsandbytes, or leave it out')
+    check(importlib.util.find_spec('bitsandbytes'), 'adam8bit needs bitsandbytes: pip install bitsandbytes, or leave it out')
     return importlib.import_module('bitsandbytes.optim').AdamW8bit(weights, lr)
 
 # %% ../../nbs/6_memory/02_tricks.ipynb #61a0d4b3
@@ -160,7 +160,7 @@ def decoder_of(model):
     "The network that draws single frames; raises `VaderError` if a model's decoder needs neighbours in time."
     from diffusers import AutoencoderKL
     found = [m for m in model.vae.modules() if isinstance(m, AutoencoderKL)]
-    check(found, f'the decoder of {model.name} looks at several frames at once: it cannot draw them one by one, leave out slices')
+    check(found, f'the decoder of {model.name} looks at several frames at once: it cannot draw them one by one, leave out vae_slicing')
     return found[0].decoder
 
 def checkpoint_reward(reward):
@@ -180,11 +180,11 @@ def use_tricks(model,  # a `VideoModel`, with its LoRA
                ):
     "Let a model and a reward that are to be trained with need less memory; once for each of them."
     names = check_tricks(words)
-    again = 'offload' not in names
-    if 'layers' in names: checkpoint_activations(model); checkpoint_reward(reward)
-    if 'tiles' in names: model.vae.enable_tiling()
+    again = 'activation_offload' not in names
+    if 'checkpointing' in names: checkpoint_activations(model); checkpoint_reward(reward)
+    if 'vae_tiling' in names: model.vae.enable_tiling()
     if not again: offload(model, reward)
-    if 'slices' in names: wrap(decoder_of(model), 'forward', lambda f, *a, **k: one_by_one(f, again, *a, **k))
-    if 'passes' in names: wrap(model.denoiser, 'forward', lambda f, *a, **k: one_by_one(f, again, *a, **k))
-    if 'turns' in names or 'park' in names: take_turns(model, reward, 'turns' in names)
+    if 'vae_slicing' in names: wrap(decoder_of(model), 'forward', lambda f, *a, **k: one_by_one(f, again, *a, **k))
+    if 'batch_slicing' in names: wrap(model.denoiser, 'forward', lambda f, *a, **k: one_by_one(f, again, *a, **k))
+    if 'model_offload' in names or 'encoder_offload' in names: take_turns(model, reward, 'model_offload' in names)
     return model

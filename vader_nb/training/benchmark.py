@@ -35,7 +35,7 @@ def part_seconds(
     preds = []
     parts['denoise with graph'] = seconds(lambda: preds.extend(denoise() for _ in range(c.K)))
     parts['backward'] = seconds(lambda: torch.autograd.backward(preds, [torch.ones_like(p) for p in preds]))
-    z, shown = x.clone().requires_grad_(), pick_frames(c.frames, c.frames if reward.wants == 'clip' else c.decode, g)
+    z, shown = x.clone().requires_grad_(), pick_frames(c.frames, c.frames if reward.wants == 'clip' else c.decoded_frames, g)
     parts['decode'] = seconds(lambda: model.decode(z, shown).sum().backward())
     video = model.decode(x, shown).detach().clamp(0, 1).requires_grad_()
     parts['reward'] = seconds(lambda: reward(video, prompts, g).sum().backward())
@@ -51,10 +51,10 @@ def bench_step(
     repeats=5,  # of both, in turns
 ):  # -> (list of dicts of parts, list of seconds of whole steps)
     "Time whole steps of `fit` (last K steps, one pass) and their parts alone, interleaved."
-    run = start(model, reward, replace(config, where='last', accumulate=1), folder)
+    run = start(model, reward, replace(config, where='last', gradient_accumulation_steps=1), folder)
     begin(run)
     def whole(): log(run, 'metrics.jsonl', optimizer_step(run, vader_step, reward, prompts))
-    batch = draw_prompts(prompts, config.batch, make_generator(0))
+    batch = draw_prompts(prompts, config.batch_size, make_generator(0))
     whole(), part_seconds(run, reward, batch)  # warm up
     pairs = [(part_seconds(run, reward, batch), seconds(whole)) for _ in range(repeats)]
     close(run)

@@ -58,7 +58,7 @@ def evaluate(
 ):  # -> dict name -> mean over the prompts
     "Score one clip for each prompt, always from the same noise."
     from accelerate.utils import gather_object
-    mine = [score_clips(model, reward, p, config, judge, fold_seed(config.seed, 'evaluate', i)) for i, p in bar(batches(prompts, config.batch)[share[0]::share[1]])]
+    mine = [score_clips(model, reward, p, config, judge, fold_seed(config.seed, 'evaluate', i)) for i, p in bar(batches(prompts, config.batch_size)[share[0]::share[1]])]
     every = gather_object(mine) if share[1] > 1 else mine
     means = {k: clip_mean([x for scores in every for x in scores[k]]) for k in every[0]}
     return {k: v for k, v in means.items() if v is not None}

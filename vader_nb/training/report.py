@@ -23,7 +23,7 @@ def save_samples(
     folder,   # receives before.gif, before.mp4, after.gif, after.mp4 and strips.png
 ):
     "Save clips without and with the LoRA, from the same noise."
-    clips = lambda: torch.cat([sample_clips(model, p, config, fold_seed(config.seed, 'samples', i)) for i, p in batches(prompts, config.batch)])
+    clips = lambda: torch.cat([sample_clips(model, p, config, fold_seed(config.seed, 'samples', i)) for i, p in batches(prompts, config.batch_size)])
     after = clips()
     with lora_off(model): before = clips()
     for name, video in dict(before=before, after=after).items():

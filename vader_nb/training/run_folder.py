@@ -11,6 +11,7 @@ import contextlib, hashlib, random
 from pathlib import Path
 import numpy as np, torch
 from ..core import VaderError, atomic_path, check, read_json
+from ..config import current_names
 
 # %% ../../nbs/7_training/00_run_folder.ipynb #0cc7a78a
 def fold_seed(
@@ -84,5 +85,6 @@ def check_folder(
     check(resume, f'{folder} holds a run already: go on with it by --resume, or choose another folder')
     old = read_json(folder/'config.json')
     check(isinstance(old, dict), f'{folder}/config.json is none of ours: choose another folder')
+    old = current_names(old)
     for k, v in settings.items():
-        check(k == 'steps' or old.get(k) == v, f'{folder} belongs to another run: its {k} is {old.get(k)!r}, not {v!r}; choose another folder')
+        check(k == 'train_steps' or old.get(k) == v, f'{folder} belongs to another run: its {k} is {old.get(k)!r}, not {v!r}; choose another folder')

@@ -63,7 +63,7 @@ def start(
 ):  # -> `Run`
     "Give `model` its LoRA, and wrap it and an optimizer for training."
     from accelerate.utils import set_seed
-    accelerator, b = make_accelerator(config.precision, model.device), config.batch
+    accelerator, b = make_accelerator(config.mixed_precision, model.device), config.batch_size
     check(b % accelerator.num_processes == 0, f'a batch of {b} cannot be shared evenly by {accelerator.num_processes} processes: choose a multiple')
     set_seed(config.seed, device_specific=True)  # for a reward or model that draws from the global states
     weights = add_lora(model, config.rank, config.alpha, seed=config.seed)
@@ -71,7 +71,7 @@ def start(
     names = {id(p): name for name, p in model.denoiser.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
-        model.denoiser, optimizer = accelerator.prepare(model.denoiser, adam(weights, config.lr, 'adam8' in config.tricks.split()))
+        model.denoiser, optimizer = accelerator.prepare(model.denoiser, adam(weights, config.lr, 'adam8bit' in config.tricks.split()))
     model.denoiser.eval()  # the wrapper too: it is born in train mode, and would put what it holds back there
     return Run(config, Path(folder), model, accelerator, optimizer, {names[id(p)]: p for p in weights})
 
@@ -132,12 +132,12 @@ def one_pass(
 ):  # -> dict name -> (batch,) numbers of all processes
     "Draw prompts, take this process's share, go forward and backward."
     c, a, g = run.config, run.accelerator, pass_generator(run, number)
-    batch, n, last = draw_prompts(prompts, c.batch, g), c.batch // a.num_processes, number == c.accumulate - 1
+    batch, n, last = draw_prompts(prompts, c.batch_size, g), c.batch_size // a.num_processes, number == c.gradient_accumulation_steps - 1
     with contextlib.nullcontext() if last else a.no_sync(run.model.denoiser):
         loss, record = forward(run, step_fn, reward, batch[n*a.process_index:][:n], g)
         record = a.gather({**{k: v.detach().float() for k, v in record.items()}, 'loss': loss.detach().float()[None]})
         check_scores(run, record, batch)
-        a.backward(loss / c.accumulate)
+        a.backward(loss / c.gradient_accumulation_steps)
     return record
 
 # %% ../../nbs/7_training/03_trainer.ipynb #04eb055e
@@ -151,11 +151,11 @@ def check_gradient(
     check(math.isfinite(norm) or 0 < run.skipped <= 8, f'the gradient is not finite: {len(bad)} weights, first {(bad or ["none alone"])[0]} ({where_we_are(run)})')
 
 def clip_gradient(run):
-    "Scale the gradient down to the norm `config.clip` where it is longer; returns its norm before."
+    "Scale the gradient down to the norm `config.max_grad_norm` where it is longer; returns its norm before."
     run.accelerator.unscale_gradients(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.weights.values() if p.grad is not None])
     check_gradient(run, norm.item())
-    if norm.isfinite(): torch.nn.utils.clip_grads_with_norm_(run.weights.values(), run.config.clip, norm)
+    if norm.isfinite(): torch.nn.utils.clip_grads_with_norm_(run.weights.values(), run.config.max_grad_norm, norm)
     return norm.item()
 
 # %% ../../nbs/7_training/03_trainer.ipynb #d47643f8
@@ -180,7 +180,7 @@ def summary(
 def optimizer_step(run, step_fn, reward, prompts):  # -> dict, the line for the log
     "All passes of a step, then the optimizer."
     began = time.perf_counter()
-    with counted(run): records = [one_pass(run, step_fn, reward, prompts, i) for i in range(run.config.accumulate)]
+    with counted(run): records = [one_pass(run, step_fn, reward, prompts, i) for i in range(run.config.gradient_accumulation_steps)]
     norm = clip_gradient(run)
     run.optimizer.step(); run.optimizer.zero_grad()
     run.step += 1
@@ -264,7 +264,7 @@ def due(
     every,  # steps; 0: at the end only
 ):
     "Is something due after this step?"
-    return run.step == run.config.steps or (every > 0 and run.step % every == 0)
+    return run.step == run.config.train_steps or (every > 0 and run.step % every == 0)
 
 def save(run):
     "Write a checkpoint; every process gives its random states to it."
@@ -281,8 +281,8 @@ def close(run):
 def steps(run, step_fn, reward, prompts, tests, judge, progress):
     "The remaining steps of a run, each with its line and what is due after it."
     if run.step == 0: look(run, reward, tests, judge, progress)
-    with tqdm(total=run.config.steps, initial=run.step, desc=run.config.experiment, disable=not progress) as bar:
-        while run.step < run.config.steps:
+    with tqdm(total=run.config.train_steps, initial=run.step, desc=run.config.experiment, disable=not progress) as bar:
+        while run.step < run.config.train_steps:
             record = optimizer_step(run, step_fn, reward, prompts)
             log(run, 'metrics.jsonl', record)
             if due(run, run.config.eval_every): look(run, reward, tests, judge, progress)
@@ -297,7 +297,7 @@ def fit(
     prompts,             # training prompts
     config,              # a `Config`
     folder,              # the run folder
-    tests=(),            # held-out prompts
+    eval_prompts=(),     # held-out prompts
     judge=None,          # function (video, prompts) -> dict name -> (b,), for the held-out prompts
     step_fn=vader_step,  # function (model, reward, prompts, config, generator) -> loss, dict name -> (b,)
     resume=False,        # go on with the run in `folder`, if there is one
@@ -307,12 +307,12 @@ def fit(
     "Train a LoRA on `model`: yields a record per optimizer step and leaves a run folder. Raises `VaderError` where a person must decide."
     check_folder(folder, asdict(config), resume)
     check(len(prompts) > 0, 'there are no training prompts: give at least one')
-    for _, some in batches([*prompts, *tests], 8): model.encode(some, config.frames, config.height, config.width)  # complain now, not in an hour
+    for _, some in batches([*prompts, *eval_prompts], 8): model.encode(some, config.frames, config.height, config.width)  # complain now, not in an hour
     run = start(model, reward, config, folder)
     main = run.accelerator.is_main_process
     try:
         begin(run, wandb)
-        yield from steps(run, step_fn, reward, prompts, tests, judge, progress and main)
+        yield from steps(run, step_fn, reward, prompts, eval_prompts, judge, progress and main)
     finally: close(run)
-    if main: finish(model, config, asdict(config), run.folder, [*tests, *prompts])
+    if main: finish(model, config, asdict(config), run.folder, [*eval_prompts, *prompts])
     run.accelerator.wait_for_everyone()

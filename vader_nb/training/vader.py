@@ -33,7 +33,7 @@ def vader_step(
     size = c.frames, c.height, c.width
     cond, x = model.encode(prompts, *size), model.noise(len(prompts), *size, generator)
     latents = differentiable_latents(model, cond, x, model.sampler(c.T, c.sampler, c.eta, size), c.guidance, c.K, c.where, generator)
-    shown = pick_frames(c.frames, c.frames if reward.wants == 'clip' else c.decode, generator)
+    shown = pick_frames(c.frames, c.frames if reward.wants == 'clip' else c.decoded_frames, generator)
     parts = reward.parts(model.decode(latents, shown), prompts, generator)
     scores = reward.combine(parts).float()
     return -scores.mean(), {**parts, 'reward': scores}
