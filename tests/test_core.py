@@ -1,7 +1,10 @@
-import errno, os
+import errno, os, re
+from pathlib import Path
 
 import pytest, torch
-from vader_nb.core import VaderError, atomic_path, check, from_frames, make_generator, pick_device, pick_dtype, randn, read_json, reason, swap_cf, to_frames, write_json
+from vader_nb.core import VaderError, atomic_path, check, default_dtype, from_frames, make_generator, pick_device, pick_dtype, randn, read_json, reason, swap_cf, to_frames, write_json
+
+root = Path(__file__).resolve().parent.parent
 
 
 def test_check_raises_one_kind_of_error():
@@ -52,6 +55,21 @@ def test_device_and_precision_names():
     for bad in ['tpu', 'cpu:7', 'cuda:x', 'cuda:99']:
         with pytest.raises(VaderError): pick_device(bad)
     with pytest.raises(VaderError, match='fp32, fp16, bf16'): pick_dtype('int8')
+
+
+def test_one_rule_for_number_formats():
+    assert default_dtype('small', 'cuda') == default_dtype('full', 'cpu') == default_dtype('full', torch.device('cpu')) == torch.float32
+    assert default_dtype('full', 'cuda:1') == default_dtype('full', 'mps') == torch.float16
+    assert default_dtype('full', torch.device('cuda'), 'bf16') == default_dtype('full', 'cuda', torch.bfloat16) == torch.bfloat16
+    assert default_dtype('small', 'cuda', 'bf16') == torch.float32
+
+
+def test_every_loader_keeps_to_that_rule():
+    "No module but core decides by itself which scale and device take half precision."
+    modules = [p for part in ('models', 'rewards') for p in (root/'vader_nb'/part).glob('*.py')]
+    loaders = [p.name for p in modules if 'pick_dtype(dtype or' in p.read_text()]
+    assert len(loaders) > 5
+    assert not [p.name for p in modules if re.search(r"pick_dtype\(dtype or (?!default_dtype)", p.read_text())]
 
 
 def names(folder): return sorted(p.name for p in folder.iterdir())

@@ -1,10 +1,13 @@
 "The zoo: names, friendly errors where weights cannot be had, and the small checkpoints that the package ships."
-import pytest
+import subprocess, sys
+from pkgutil import resolve_name
+
+import pytest, torch
 from huggingface_hub import constants
 from safetensors import safe_open
 
 from vader_nb.core import VaderError, read_json
-from vader_nb.zoo import CHECKPOINTS, Checkpoint, card, model_path, parameters
+from vader_nb.zoo import CHECKPOINTS, MODELS, REWARDS, Checkpoint, card, load_model, load_reward, model_path, parameters
 
 here = [k for k, c in CHECKPOINTS.items() if c.small and (model_path('clip').parent/c.small).is_dir()]
 root = model_path('clip').parent
@@ -91,3 +94,34 @@ def test_a_plain_pipeline_loads_and_samples():
     pipe.set_progress_bar_config(disable=True)
     video = pipe.to('cpu')(prompt='a fox riding a bike', height=32, width=32, num_frames=2, num_inference_steps=2, output_type='pt').frames
     assert video.shape == (1, 2, 3, 32, 32) and video.isfinite().all()
+
+# By name
+
+@pytest.mark.parametrize('name', [m for m in MODELS if m != 'wan'])
+@whole
+def test_every_small_base_loads_by_its_name(name):
+    from vader_nb.models.base import VideoModel
+    model = load_model(name, 'small', 'cpu')
+    assert isinstance(model, VideoModel)
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.float32}
+
+@pytest.mark.parametrize('name', REWARDS)
+def test_every_small_reward_loads_by_its_name(name):
+    from vader_nb.rewards.base import Reward
+    reward = load_reward(name, 'small', 'cpu')
+    assert isinstance(reward, Reward)
+
+def test_names_lead_to_their_own_loaders():
+    for name, place in (MODELS | REWARDS).items(): assert place.endswith(f':load_{name}') and callable(resolve_name(place))
+    assert load_model('modelscope', dtype='bf16', device='cpu').denoiser.dtype == torch.bfloat16
+    from vader_nb.rewards.hps import load_hps21
+    assert resolve_name(REWARDS['hps21']) is load_hps21
+
+def test_unknown_names_are_refused():
+    with pytest.raises(VaderError, match="unknown base model 'sora': use one of modelscope, videocrafter, opensora, svd, wan"): load_model('sora')
+    with pytest.raises(VaderError, match="unknown reward 'beauty': use one of aesthetic, hps"): load_reward('beauty')
+    with pytest.raises(VaderError, match='wan exists only at the full scale'): load_model('wan')
+
+def test_the_tables_import_nothing():
+    run = 'import sys, vader_nb.zoo as z; print([m for m in sys.modules if m.startswith(("vader_nb.models", "vader_nb.rewards", "diffusers", "transformers"))])'
+    assert subprocess.check_output([sys.executable, '-c', run], text=True).strip() == '[]'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VaderError', 'check', 'reason', 'to_frames', 'from_frames', 'swap_cf', 'make_generator', 'randn', 'pick_device',
-           'pick_dtype', 'atomic_path', 'write_json', 'read_json']
+           'pick_dtype', 'default_dtype', 'atomic_path', 'write_json', 'read_json']
 
 # %% ../nbs/1_ground/00_core.ipynb #9a5a5200
 import errno, json, os, shutil
@@ -107,6 +107,17 @@ def pick_dtype(
     if isinstance(name, torch.dtype): return name
     check(name in _dtypes, f"unknown precision '{name}': use {', '.join(list(_dtypes)[:3])}")
     return _dtypes[name]
+
+# %% ../nbs/1_ground/00_core.ipynb #4a94aa11
+def default_dtype(
+    scale: str,            # 'small' or 'full'
+    device: torch.device,  # where the model will be
+    half='fp16',           # half precision of this model, as in `pick_dtype`
+) -> torch.dtype:
+    "The number format of a model's weights: `half` for a full model on a GPU, else float32."
+    on_gpu = torch.device(device).type != 'cpu'
+    return pick_dtype(half if scale == 'full' and on_gpu else 'fp32')
+
 
 # %% ../nbs/1_ground/00_core.ipynb #140afa00
 _unwritable = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['videocrafter_full', 'videocrafter_small', 'opensora_full', 'opensora_small', 'svd_full', 'svd_small',
-           'modelscope_full', 'EXPERIMENTS', 'Experiment', 'load_hps21', 'load_hps_aesthetic', 'find_experiment',
-           'experiment_config', 'own_device', 'load', 'run']
+           'modelscope_full', 'EXPERIMENTS', 'Experiment', 'load_hps_aesthetic', 'find_experiment', 'experiment_config',
+           'own_device', 'load', 'run']
 
 # %% ../../nbs/8_results/01_experiments.ipynb #3c846e38
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ from ..models.opensora import OpenSora, drop_text_encoder, load_opensora
 from ..models.videocrafter import load_videocrafter
 from ..rewards.action import load_action
 from ..rewards.aesthetic import load_aesthetic
-from ..rewards.hps import load_hps
+from ..rewards.hps import load_hps, load_hps21
 from ..rewards.objects import load_objects
 from ..rewards.pickscore import load_pickscore
 from ..training.run_folder import check_folder
@@ -39,19 +39,12 @@ class Experiment:
     full: dict = field(default_factory=dict)   # settings at full scale
 
 # %% ../../nbs/8_results/01_experiments.ipynb #603f8985
-def load_hps21(
-    scale='small',  # 'small' or 'full'
-    device=None,    # as in `pick_device`
-):
-    "HPSv2.1 alone."
-    return load_hps(scale, device, version='2.1')
-
 def load_hps_aesthetic(
     scale='small',  # 'small' or 'full'
     device=None,    # as in `pick_device`
 ):
     "HPSv2.1 and a tenth of the aesthetic score, as in the authors' two losses (where they combine them, it is 0.15)."
-    return load_hps(scale, device, version='2.1') + .1 * load_aesthetic(scale, device)
+    return load_hps21(scale, device) + .1 * load_aesthetic(scale, device)
 
 # %% ../../nbs/8_results/01_experiments.ipynb #846fb54f
 videocrafter_full = dict(train_steps=450, batch_size=1, gradient_accumulation_steps=8, lr=2e-4, rank=16, alpha=8., T=25, K=1, where='last', sampler='ddim', eta=1., guidance=12.,

@@ -8,7 +8,7 @@ __all__ = ['native_sizes', 'check_words', 'ModelScope', 'open_modelscope', 'load
 # %% ../../nbs/3_models/01_modelscope.ipynb #6885a6d1
 from pathlib import Path
 import torch
-from ..core import check, pick_device, pick_dtype
+from ..core import check, default_dtype, pick_device, pick_dtype
 from .base import VideoModel
 from ..zoo import load_net, model_path, read_part
 
@@ -70,9 +70,8 @@ native_sizes = dict(small=(8, 64, 64), full=(16, 256, 256))
 def load_modelscope(
     scale='small',  # 'small': shipped with this package; 'full': ali-vilab/text-to-video-ms-1.7b, 3.8 GB in half precision
     device=None,    # as in `pick_device`
-    dtype=None,     # as in `pick_dtype`; by default half precision for the full model on a GPU, float32 otherwise
+    dtype=None,     # as in `pick_dtype`; default: `default_dtype`
 ):
     "The ModelScope of that scale; raises `VaderError` where it cannot be had."
     folder, device = model_path('modelscope', scale), pick_device(device)
-    half = scale == 'full' and device.type == 'cuda'
-    return open_modelscope(folder, device, pick_dtype(dtype or ('fp16' if half else 'fp32')), native_sizes[scale])
+    return open_modelscope(folder, device, pick_dtype(dtype or default_dtype(scale, device)), native_sizes[scale])

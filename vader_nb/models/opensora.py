@@ -11,7 +11,7 @@ __all__ = ['SMALL', 'flow_ratio', 'flow_sampler', 'clean_text', 'OpenSora', 'che
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from ..core import VaderError, atomic_path, check, pick_device, pick_dtype, randn, read_json, reason
+from ..core import VaderError, atomic_path, check, default_dtype, pick_device, pick_dtype, randn, read_json, reason
 from .modelscope import check_words
 from ..nets.opensora_vae import PIECE, OpenSoraVAE, latent_frames
 from ..nets.stdit3 import STDiT3
@@ -224,12 +224,12 @@ SMALL = dict(native_size=(17, 64, 64), fps=16., ending='')  # the small world's 
 def load_opensora(
     scale='small',    # 'small': shipped with this package; 'full': published, 4.8 + 1.6 GB, and 19 GB of text encoder
     device=None,      # as in `pick_device`
-    dtype=None,       # as in `pick_dtype`; by default bfloat16 for the full model on a GPU, float32 otherwise
+    dtype=None,       # as in `pick_dtype`; default: `default_dtype`, with bfloat16 as half precision
     embeddings=None,  # a file of `drop_text_encoder`: the text encoder is not even loaded
 ) -> OpenSora:
     "The Open-Sora of that scale; raises `VaderError` where it cannot be had."
     device, small = pick_device(device), scale == 'small'
-    dtype = pick_dtype(dtype or ('fp32' if small or device.type == 'cpu' else 'bf16'))
+    dtype = pick_dtype(dtype or default_dtype(scale, device, 'bf16'))
     folders = [model_path(name, scale) for name in ('opensora', 'opensora_vae')]
     text = None if embeddings else model_path('clip' if small else 't5', scale)
     model = open_opensora(*folders, text, device, dtype, model_path('vae') if small else None, **(SMALL if small else {}))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
-from ..core import VaderError, check, from_frames, make_generator, pick_device, pick_dtype, randn, swap_cf, to_frames
+from ..core import VaderError, check, default_dtype, from_frames, make_generator, pick_device, pick_dtype, randn, swap_cf, to_frames
 from .base import Condition, VideoModel, check_frames
 from ..world.scenes import draw, scenes
 from ..world.captions import parse
@@ -156,15 +156,14 @@ SIZES = dict(small=dict(native_size=(8, 64, 64), chunk=4), full=dict(native_size
 def load_svd(
     scale='small',  # 'small': shipped with this package; 'full': stabilityai/stable-video-diffusion-img2vid, 4.5 GB in half precision
     device=None,    # as in `pick_device`
-    dtype=None,     # as in `pick_dtype`; by default half precision for the full model on a GPU, float32 otherwise
+    dtype=None,     # as in `pick_dtype`; default: `default_dtype`
     xt=False,       # the full model for 25 frames, stable-video-diffusion-img2vid-xt, instead of the one for 14
 ):
     "The Stable Video Diffusion of that scale; raises `VaderError` where it cannot be had."
     check(not xt or scale == 'full', "there is no small XT model: use scale='full' or xt=False")
     folder, device = model_path('svd_xt' if xt else 'svd', scale), pick_device(device)
     how = {**SIZES[scale], **(dict(native_size=(25, 576, 1024)) if xt else {})}
-    half = scale == 'full' and device.type == 'cuda'
-    return open_svd(folder, device, pick_dtype(dtype or ('fp16' if half else 'fp32')), **how)
+    return open_svd(folder, device, pick_dtype(dtype or default_dtype(scale, device)), **how)
 
 # %% ../../nbs/3_models/07_svd.ipynb #c1497032
 @patch

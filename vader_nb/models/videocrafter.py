@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core import VaderError, check, pick_device, pick_dtype, read_json, reason
+from ..core import VaderError, check, default_dtype, pick_device, pick_dtype, read_json, reason
 from ..diffusion.schedules import add_noise, per_sample, to_x0_eps
 from ..nets.lvdm import LVDM
 from ..diffusion.samplers import DDIM, ddim_step, schedule
@@ -228,10 +228,10 @@ def open_small(
 def load_videocrafter(
     scale='small',  # 'small': shipped with this package; 'full': VideoCrafter/VideoCrafter2
     device=None,    # as in `pick_device`
-    dtype=None,     # as in `pick_dtype`; by default half precision for the full model on a GPU, float32 otherwise
+    dtype=None,     # as in `pick_dtype`; default: `default_dtype`
 ):
     "The VideoCrafter2 of that scale; raises `VaderError` where it cannot be had."
     folder, device = model_path('videocrafter', scale), pick_device(device)
-    dtype = pick_dtype(dtype or ('fp16' if scale == 'full' and device.type == 'cuda' else 'fp32'))
+    dtype = pick_dtype(dtype or default_dtype(scale, device))
     if scale == 'small': return open_small(folder, device, dtype)
     return open_videocrafter(folder/'model.ckpt', *full_parts(), device, dtype)

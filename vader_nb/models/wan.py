@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
-from ..core import check, pick_device, pick_dtype, randn, read_json
+from ..core import check, default_dtype, pick_device, pick_dtype, randn, read_json
 from .modelscope import check_words
 from .opensora import check_reader, read_embeddings
 from .base import VideoModel, check_frames, check_size
@@ -275,12 +275,12 @@ def open_wan(
 def load_wan(
     scale='full',     # the only one: Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     device=None,      # as in `pick_device`
-    dtype=None,       # as in `pick_dtype`; by default bfloat16 on a GPU, float32 otherwise; the VAE is always float32
+    dtype=None,       # as in `pick_dtype`; default: `default_dtype`, with bfloat16 as half precision; the VAE is always float32
     embeddings=None,  # a file of `drop_text_encoder`: the text encoder is not even loaded
 ) -> Wan:
     "The published Wan 2.1 called 1.3B; raises `VaderError` where it cannot be had."
     device, folder = pick_device(device), model_path('wan', scale)
-    dtype = pick_dtype(dtype or ('fp32' if device.type == 'cpu' else 'bf16'))
+    dtype = pick_dtype(dtype or default_dtype(scale, device, 'bf16'))
     model = open_wan(folder, None if embeddings else model_path('wan_text', scale), device, dtype)
     if embeddings: read_embeddings(model, embeddings)
     return model

@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 import torch
 import torch.nn.functional as F
 
-from ..core import check, from_frames, pick_device, pick_dtype, to_frames
+from ..core import check, default_dtype, from_frames, pick_device, pick_dtype, to_frames
 from .base import Reward, freeze
 from .aesthetic import center_crop
 from .objects import imagenet_normalise
@@ -90,11 +90,10 @@ class Action(Reward):
 # %% ../../nbs/5_rewards/06_action.ipynb #490ea34b
 def load_action(scale='small', # 'small': shipped with this package; 'full': MCG-NJU/videomae-base-finetuned-kinetics
                 device=None,   # as in `pick_device`
-                dtype=None,    # as in `pick_dtype`; by default half precision for the full one on a GPU
+                dtype=None,    # as in `pick_dtype`; default: `default_dtype`
                 form='log'     # as for `Action`
                 ):
     "The action reward of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import VideoMAEForVideoClassification
     device = pick_device(device)
-    half = scale == 'full' and device.type == 'cuda'
-    return Action(load_net(VideoMAEForVideoClassification, model_path('videomae', scale), pick_dtype(dtype or ('fp16' if half else 'fp32'))), form).to(device)
+    return Action(load_net(VideoMAEForVideoClassification, model_path('videomae', scale), pick_dtype(dtype or default_dtype(scale, device))), form).to(device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import check, pick_device, pick_dtype
+from ..core import check, default_dtype, pick_device, pick_dtype
 from .base import Reward, frame_mean, freeze
 from ..zoo import load_net, model_path, read_weights
 
@@ -93,13 +93,12 @@ class Aesthetic(Reward):
 # %% ../../nbs/5_rewards/01_aesthetic.ipynb #bcf9bfb2
 def load_aesthetic(scale='small', # 'small': shipped with this package; 'full': openai/clip-vit-large-patch14 and LAION's head
                    device=None,   # as in `pick_device`
-                   dtype=None     # of CLIP, as in `pick_dtype`; by default half precision for the full one on a GPU
+                   dtype=None     # of CLIP, as in `pick_dtype`; default: `default_dtype`
                    ):
     "The aesthetic reward of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import CLIPVisionModelWithProjection
     class ImageTower(CLIPVisionModelWithProjection): # the file also holds the text half, which is not asked for
         _keys_to_ignore_on_load_unexpected = ['text_', 'logit_scale', 'position_ids']
     device = pick_device(device)
-    half = scale == 'full' and device.type == 'cuda'
-    clip = load_net(ImageTower, model_path('clip', scale), pick_dtype(dtype or ('fp16' if half else 'fp32')))
+    clip = load_net(ImageTower, model_path('clip', scale), pick_dtype(dtype or default_dtype(scale, device)))
     return Aesthetic(clip, load_head(model_path('aesthetic', scale))).to(device)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..core import check, pick_device, pick_dtype
+from ..core import check, default_dtype, pick_device, pick_dtype
 from .base import Reward, frame_mean, freeze
 from .vjepa import imagenet_normalise
 from ..world.scenes import draw
@@ -86,12 +86,11 @@ def _agreement(self: Depth, frames):
 # %% ../../nbs/5_rewards/10_depth.ipynb #ea842f47
 def load_depth(scale='small', # 'small': shipped with this package; 'full': depth-anything/Depth-Anything-V2-Small-hf
                device=None,   # as in `pick_device`
-               dtype=None,    # as in `pick_dtype`; by default half precision for the full one on a GPU
+               dtype=None,    # as in `pick_dtype`; default: `default_dtype`
                wish=None      # as for `Depth`
                ):
     "The depth reward of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import DepthAnythingForDepthEstimation
     device = pick_device(device)
-    half = scale == 'full' and device.type == 'cuda'
-    net = load_net(DepthAnythingForDepthEstimation, model_path('depth', scale), pick_dtype(dtype or ('fp16' if half else 'fp32')))
+    net = load_net(DepthAnythingForDepthEstimation, model_path('depth', scale), pick_dtype(dtype or default_dtype(scale, device)))
     return Depth(net, wish).to(device)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'resize_longer', 'pad_view', 'square_view', 'TextMatch', 'HPS', 'token_ids', 'open_clip_ids',
-           'open_clip_net', 'load_hps']
+           'open_clip_net', 'load_hps', 'load_hps21']
 
 # %% ../../nbs/5_rewards/03_hps.ipynb #92bf81b7
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..core import check, from_frames, pick_device, pick_dtype, read_json, to_frames
+from ..core import check, default_dtype, from_frames, pick_device, pick_dtype, read_json, to_frames
 from ..models.modelscope import check_words
 from .base import Reward, freeze
 from .aesthetic import clip_normalise
@@ -147,7 +147,7 @@ def _full(file):
 
 def load_hps(scale='small', # 'small': shipped with this package; 'full': xswu/HPSv2
              device=None,   # as in `pick_device`
-             dtype=None,    # as in `pick_dtype`; by default half precision for the full one on a GPU
+             dtype=None,    # as in `pick_dtype`; default: `default_dtype`
              version='2',   # '2' or '2.1'; the small one stands for both
              view=pad_view  # as in `HPS`
              ):
@@ -155,6 +155,13 @@ def load_hps(scale='small', # 'small': shipped with this package; 'full': xswu/H
     version = str(version)
     check(version in VERSIONS, f"unknown version {version!r} of HPS: use one of {', '.join(VERSIONS)}")
     device, folder = pick_device(device), model_path(VERSIONS[version], scale)
-    half = scale == 'full' and device.type == 'cuda'
     config, weights, ids = _small(folder) if scale == 'small' else _full(folder/f'HPS_v{version}_compressed.pt')
-    return HPS(open_clip_net(config, weights, pick_dtype(dtype or ('fp16' if half else 'fp32')), folder), ids, view).to(device)
+    return HPS(open_clip_net(config, weights, pick_dtype(dtype or default_dtype(scale, device)), folder), ids, view).to(device)
+
+def load_hps21(
+    scale='small',  # 'small' or 'full'
+    device=None,    # as in `pick_device`
+    **options,      # as for `load_hps`
+) -> HPS:
+    "The human preference score in its version 2.1."
+    return load_hps(scale, device, version='2.1', **options)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['YCC', 'LUMA_TABLE', 'CHROMA_TABLE', 'luma_chroma', 'dct_matrix', 'block_dct', 'quality_tables', 'soft_round',
-           'amplitude_bits', 'Compressibility']
+           'amplitude_bits', 'Compressibility', 'load_jpeg']
 
 # %% ../../nbs/5_rewards/09_jpeg.ipynb #0dbf45e2
 import math
@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..core import check
+from ..core import check, pick_device
 from .base import Reward, frame_mean
 
 # %% ../../nbs/5_rewards/09_jpeg.ipynb #ec6cc0e1
@@ -81,3 +81,13 @@ class Compressibility(Reward):
         return (amplitude_bits(block_dct(y), self.luma) + amplitude_bits(block_dct(c), self.chroma)) / frames[0, 0].numel()
 
     def score(self, video, prompts, generator): return -frame_mean(self.bits, video)
+
+# %% ../../nbs/5_rewards/09_jpeg.ipynb #7a1fd37c
+def load_jpeg(
+    scale='small',    # either: there are no weights
+    device=None,      # as in `pick_device`
+    quality: int=75,  # of the JPEG file, 1 to 100
+) -> Compressibility:
+    "The compressibility reward, called as the others are."
+    return Compressibility(quality).to(pick_device(device))
+

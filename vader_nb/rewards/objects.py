@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import check, pick_device, pick_dtype
+from ..core import check, default_dtype, pick_device, pick_dtype
 from .base import Reward, frame_mean, freeze
 from ..zoo import load_net, model_path, read_part
 
@@ -147,7 +147,7 @@ DETECTORS = {'yolos': load_yolos, 'yolos_tiny': load_yolos, 'grounding_dino': lo
 
 def load_objects(scale='small',    # 'small': shipped with this package; 'full': the published detectors
                  device=None,      # as in `pick_device`
-                 dtype=None,       # as in `pick_dtype`; by default half precision for a full YOLOS on a GPU
+                 dtype=None,       # as in `pick_dtype`; default: `default_dtype`, but float32 for Grounding DINO
                  target='book',    # what to remove
                  detector='yolos', # one of `DETECTORS`: hustvl/yolos-base, hustvl/yolos-tiny, IDEA-Research/grounding-dino-tiny
                  form='smooth'     # as for `ObjectRemoval`
@@ -155,5 +155,5 @@ def load_objects(scale='small',    # 'small': shipped with this package; 'full':
     "The object removal reward of that scale; raises `VaderError` where the weights cannot be had or the target is not known."
     check(detector in DETECTORS, f'unknown detector {detector!r}: use one of {", ".join(DETECTORS)}')
     folder, device = model_path(detector, scale), pick_device(device)
-    half = scale == 'full' and device.type == 'cuda' and 'yolos' in detector
-    return ObjectRemoval(DETECTORS[detector](folder, target, pick_dtype(dtype or ('fp16' if half else 'fp32'))), form).to(device)
+    half = 'fp16' if 'yolos' in detector else 'fp32'
+    return ObjectRemoval(DETECTORS[detector](folder, target, pick_dtype(dtype or default_dtype(scale, device, half))), form).to(device)

@@ -6,7 +6,7 @@
 __all__ = ['PickScore', 'load_pickscore']
 
 # %% ../../nbs/5_rewards/04_pickscore.ipynb #847ef5bc
-from ..core import pick_device, pick_dtype
+from ..core import default_dtype, pick_device, pick_dtype
 from .aesthetic import clip_view
 from .hps import TextMatch, token_ids
 from ..zoo import load_net, model_path, read_part
@@ -30,12 +30,11 @@ class PickScore(TextMatch):
 # %% ../../nbs/5_rewards/04_pickscore.ipynb #06539766
 def load_pickscore(scale='small', # 'small': shipped with this package; 'full': yuvalkirstain/PickScore_v1
                    device=None,   # as in `pick_device`
-                   dtype=None     # as in `pick_dtype`; by default half precision for the full one on a GPU
+                   dtype=None     # as in `pick_dtype`; default: `default_dtype`
                    ):
     "The PickScore of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import CLIPModel, CLIPTokenizer
     device = pick_device(device)
-    half = scale == 'full' and device.type == 'cuda'
-    clip = load_net(CLIPModel, model_path('pickscore', scale), pick_dtype(dtype or ('fp16' if half else 'fp32')))
+    clip = load_net(CLIPModel, model_path('pickscore', scale), pick_dtype(dtype or default_dtype(scale, device)))
     tokenizer = read_part(CLIPTokenizer, model_path('pickscore_words', scale))
     return PickScore(clip, lambda prompts: token_ids(tokenizer, prompts)).to(device)

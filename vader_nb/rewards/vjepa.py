@@ -14,7 +14,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from ..core import VaderError, check, make_generator, pick_device, pick_dtype, to_frames
+from ..core import VaderError, check, default_dtype, make_generator, pick_device, pick_dtype, to_frames
 from ..nets.vjepa import VJepaConfig, draw_masks, half_masks, load_vjepa_net, masked_error, take
 from .base import Reward, freeze
 from .aesthetic import center_crop, resize_shorter
@@ -122,7 +122,7 @@ def _version_2(dtype):
 # %% ../../nbs/5_rewards/08_vjepa.ipynb #19b0b006
 def load_vjepa(scale='small', # 'small': shipped with this package; 'full': the published ViT-L/16
                device=None,   # as in `pick_device`
-               dtype=None,    # as in `pick_dtype`; by default half precision for the full one on a GPU
+               dtype=None,    # as in `pick_dtype`; default: `default_dtype`
                version=1,     # of V-JEPA at full scale: 1, or 2 (facebook/vjepa2-vitl-fpc64-256)
                path=None,     # a `vitl16.pth.tar` of your own, or a folder with a small V-JEPA
                **options      # of `VJepaReward`
@@ -131,7 +131,7 @@ def load_vjepa(scale='small', # 'small': shipped with this package; 'full': the 
     check((scale, version) in (('small', 1), ('full', 1), ('full', 2)), f"there is no V-JEPA {version} at the scale {scale!r}: use 'small' with version 1, or 'full' with 1 or 2")
     check(path is None or version == 1, 'path= is for version 1: version 2 comes from the hub')
     device = pick_device(device)
-    dtype = pick_dtype(dtype or ('fp16' if scale == 'full' and device.type == 'cuda' else 'fp32'))
+    dtype = pick_dtype(dtype or default_dtype(scale, device))
     if version == 2: net = _version_2(dtype)
     else: net = load_vjepa_net(path or (_published_file() if scale == 'full' else model_path('vjepa')))
     return VJepaReward(net.to(device, dtype), **options).to(device)
