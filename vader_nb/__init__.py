@@ -1,1 +1,17 @@
+"""Video Diffusion Alignment via Reward Gradients: `from vader_nb import Config, fit, sample, load_model, load_reward`."""
 __version__ = "0.1.0"
+
+from importlib import import_module as _import_module
+
+_front_door = {'Config': 'config', 'fit': 'training.trainer', 'sample': 'diffusion.rollout', 'load_model': 'zoo', 'load_reward': 'zoo'}
+__all__ = list(_front_door)
+
+
+def __getattr__(name):
+    "The names of the front door, imported when they are first used: `import vader_nb` alone loads no torch."
+    if name not in _front_door:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(_import_module(f'{__name__}.{_front_door[name]}'), name)
+
+
+def __dir__(): return sorted([*globals(), *_front_door])
