@@ -160,3 +160,19 @@ def test_settings_name_the_packages_the_code_imports():
     used |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
     missing = {u.split('.')[0] for u in used} - listed - sys.stdlib_module_names
     assert missing <= {'vader_nb', 'bitsandbytes'}   # the latter, for 8-bit Adam, only where a user has installed it
+
+
+def test_the_first_page_is_a_hundred_lines_of_plain_pytorch():
+    path = root/'nbs/0_start/00_vader.ipynb'
+    cells = [s for s in code(path) if '#| hide' not in s]
+    assert sum(1 for s in cells for line in s.splitlines() if line.strip()) <= 100
+    assert {m for s in cells for m in imports(s)} <= {'models.modelscope', 'models.modelscope.load_modelscope',
+                                                      'rewards.aesthetic', 'rewards.aesthetic.load_aesthetic'}
+
+
+def test_the_front_door_is_lazy():
+    run = ('import sys, vader_nb; assert "torch" not in sys.modules; from vader_nb import *; '
+           'assert {"Config", "fit", "sample", "load_model", "load_reward"} <= set(globals()); assert "torch" in sys.modules')
+    subprocess.run([sys.executable, '-c', run], check=True)
+    import vader_nb
+    with pytest.raises(AttributeError, match='nothing'): vader_nb.nothing
