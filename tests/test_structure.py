@@ -42,6 +42,7 @@ def imports(source):
 
 @notebooks
 def test_a_notebook_imports_only_from_lower_numbers(path):
+    if path.parent.name == '0_start': pytest.skip('the first page shows the whole method with ready-made networks, before it is built')
     where = {exports(p): place(p) for p in paths if exports(p)}
     wrong = [m for s in code(path) for m in imports(s) if m in where and m != exports(path) and where[m] >= place(path)]
     assert not wrong, f'{path.name} imports {wrong} from notebooks that are not before it'
