@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root/'tools'))
 paths = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 ids = [str(p.relative_to(root/'nbs')) for p in paths]
 notebooks = pytest.mark.parametrize('path', paths, ids=ids)
@@ -77,6 +78,25 @@ def test_notebooks_are_fit_to_be_read(path):
     assert re.match(r'# \S.*\n(.*\n)*?> \S', ''.join(nb['cells'][0]['source'])), 'a notebook begins with its title and a line that says what it is'
 
 
+@notebooks
+def test_one_cell_installs_the_package_in_colab(path):
+    "The same in all notebooks, with the address of settings.ini, skipped by tests and hidden from documentation."
+    from colab import install_cell, is_install
+    cells = [c for c in read(path)['cells'] if is_install(c)]
+    assert [c['source'] for c in cells] == [install_cell('')['source']], 'run python tools/colab.py'
+    assert read(path)['cells'].index(cells[0]) <= 2, 'before any other code'
+
+
+def test_the_install_cell():
+    from colab import address, install_cell, with_install_cell
+    lines = [line.rstrip() for line in install_cell('')['source']]
+    assert lines[:2] == ['#| eval: false', '#| hide'] and lines[-1].endswith(address())
+    assert not re.search(r'-U|--upgrade|--force|dev', lines[-1]), 'an installed torch within the bounds stays as it is'
+    bare = dict(cells=[dict(cell_type='markdown', source=['# Title'], id='a'), dict(cell_type='code', source=['1'], id='b')])
+    once = with_install_cell(bare, 'x.ipynb')
+    assert [c['id'] for c in once['cells']][::2] == ['a', 'b'] and with_install_cell(once, 'x.ipynb') == once
+
+
 def test_import_is_light():
     run = 'import sys, time; t = time.perf_counter(); import vader_nb; s = time.perf_counter() - t; assert "torch" not in sys.modules; print(s)'
     assert float(subprocess.check_output([sys.executable, '-c', run])) < 1
@@ -94,7 +114,6 @@ def test_export_changes_nothing(tmp_path):
 
 
 def test_readme_is_made_from_the_index():
-    sys.path.insert(0, str(root/'tools'))
     from readme import readme
     text, pictures = readme(read(root/'nbs/index.ipynb'))
     assert (root/'README.md').read_text(encoding='utf8') == text, 'run make readme'
