@@ -30,14 +30,14 @@ def _triangle_distance(x, y, a, b):
     side = (2 * b * x - a * (y + b)) / torch.hypot(2 * b, a)
     return torch.maximum(side, y - b)
 
-# %% ../../nbs/1_ground/03_shapes.ipynb #920549a8
+# %% ../../nbs/1_ground/03_shapes.ipynb #e623decc
 def signed_distance(
     kind: torch.Tensor,         # (n, 1, 1): `ELLIPSE`, `BOX` or `TRIANGLE`
     x: torch.Tensor,            # (n, h, w) coordinates from the shape's centre, along its own axes
     y: torch.Tensor,            # (n, h, w), downwards
     half_width: torch.Tensor,   # (n, 1, 1)
     half_height: torch.Tensor,  # (n, 1, 1)
-    outline: torch.Tensor,      # (n, 1, 1) ellipse: half the thickness of its line, 0 is filled; box: radius of its corners
+    outline: torch.Tensor,      # (n, 1, 1) ellipse: half the thickness of its line, 0: filled; box: radius of corners
 ) -> torch.Tensor:  # (n, h, w)
     "Distance of each point to the edge, negative inside."
     x = x.abs()
@@ -71,7 +71,7 @@ def _from_hex(code):
 
 PALETTE = {name: _from_hex(code) for name, code in _HEX.items()}
 
-# %% ../../nbs/1_ground/03_shapes.ipynb #1b274381
+# %% ../../nbs/1_ground/03_shapes.ipynb #ca76b5e2
 def ellipse(
     colour: str,            # of `PALETTE`
     x: float,               # of the centre
@@ -82,7 +82,8 @@ def ellipse(
     outline: float=0.,      # half the thickness of its line; 0 is filled
 ) -> tuple:
     "The row of an ellipse or ring."
-    return (ELLIPSE, x, y, half_width, half_height or half_width, angle, outline, *PALETTE[colour].tolist(), 1.)
+    rgb = PALETTE[colour].tolist()
+    return (ELLIPSE, x, y, half_width, half_height or half_width, angle, outline, *rgb, 1.)
 
 # %% ../../nbs/1_ground/03_shapes.ipynb #f272ed61
 def box(
