@@ -1,19 +1,22 @@
 "The command line: what it does, and one clear line for whatever goes wrong."
-import json, subprocess, sys
+import json, os, subprocess, sys
 
-import pytest
-from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_model
+import pytest, torch
+from tiny_run import PROMPTS, TESTS, TINY
+from vader_nb import zoo
 from vader_nb.experiments import registry as experiments
-from vader_nb.cli import main
+from vader_nb.cli import clip_name, main
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     "An experiment on a tiny model, and no judges."
-    e = experiments.Experiment('nowhere', 'to test', lambda *a: tiny_model(), lambda *a: bright(), lambda scale: (PROMPTS, TESTS), dict(TINY, train_steps=2), dict(TINY))
+    monkeypatch.setitem(zoo.MODELS, 'tiny', 'tiny_run:load_tiny')
+    monkeypatch.setitem(zoo.REWARDS, 'bright', 'tiny_run:load_bright')
+    e = experiments.Experiment('nowhere', 'to test', 'tiny', 'bright', lambda scale: (PROMPTS, TESTS), dict(TINY, train_steps=2), dict(TINY))
     monkeypatch.setitem(experiments.EXPERIMENTS, 'tiny', e)
     for where in ('vader_nb.experiments.registry', 'vader_nb.world.judge'): monkeypatch.setattr(f'{where}.judge_clips', lambda video, prompts: {})
-    monkeypatch.setattr('vader_nb.models.modelscope.load_modelscope', lambda *a: tiny_model())
+    monkeypatch.setitem(zoo.MODELS, 'modelscope', 'tiny_run:load_tiny')
 
 
 def said(capsys, *args):
@@ -41,19 +44,19 @@ def test_run_resume_eval_sample(capsys, tmp_path):
     code, out, _ = said(capsys, 'eval', run, '--device', 'cpu')
     after = [json.loads(l) for l in (run/'eval.jsonl').read_text().splitlines()]
     assert code == 0 and f'| reward | {after[0]["reward"]:.3f} | {after[1]["reward"]:.3f} |' in out
-    code, out, _ = said(capsys, 'sample', '--lora', run/'lora', '--steps', 2, '--out', tmp_path/'clips', *PROMPTS[:2])
+    code, out, _ = said(capsys, 'sample', '--lora', run/'lora', '--sampling-steps', 2, '--out', tmp_path/'clips', *PROMPTS[:2])
     assert code == 0 and len(list((tmp_path/'clips').glob('*.gif'))) == len(list((tmp_path/'clips').glob('*.mp4'))) == 2
 
 @pytest.mark.parametrize('base', ['opensora', 'svd', 'videocrafter'])
 def test_sample_with_each_base_and_its_own_sampler(capsys, tmp_path, base):
-    code, out, err = said(capsys, 'sample', '--base', base, '--steps', 2, '--out', tmp_path, '--device', 'cpu', 'a labrador playing chess')
+    code, out, err = said(capsys, 'sample', '--base', base, '--sampling-steps', 2, '--out', tmp_path, '--device', 'cpu', 'a labrador playing chess')
     assert code == 0 and out.split() == [str(tmp_path/'a-labrador-playing-chess-0.gif')], err
 
 @pytest.mark.parametrize('args, words', [
     (['run', 'modelscope-beauty'], 'unknown experiment'), (['run', 'tiny', '--scale', 'huge'], 'unknown scale'), (['run', 'tiny', '--device', 'tpu'], 'unknown device'),
     (['run', 'tiny', '--steps', '-3'], 'steps is -3'), (['run', 'tiny', '--steps', 'many'], "invalid int value: 'many'"), (['run', 'tiny', '--precision', 'fp16', '--device', 'cpu'], 'fp16 needs a GPU'),
-    (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['run', 'tiny', '--tricks', 'magic'], "unknown trick 'magic'"), (['sample', '--base', 'imagen', 'x'], 'unknown base'), (['sample', ''], 'empty'), (['sample', 'a panda ' * 9], 'shorten it'),
-    (['sample', 'a panda', '--steps', '0'], 'steps is 0'), (['sample', 'a panda', '--lora', 'nowhere'], 'nowhere holds no'), (['eval', 'nowhere'], 'nowhere'),
+    (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['run', 'tiny', '--tricks', 'magic'], "unknown trick 'magic'"), (['sample', '--base', 'imagen', 'x'], 'unknown base model'), (['sample', ''], 'empty'), (['sample', 'a panda ' * 9], 'shorten it'),
+    (['sample', 'a panda', '--sampling-steps', '0'], 'T is 0'), (['sample', 'a panda', '--guidance', 'nan'], 'guidance is nan'), (['sample', 'a panda', '--seed', str(2**70)], 'seed is'), (['run', 'tiny', '--seed', str(2**40)], 'seed is'), (['sample', 'a panda', '--lora', 'nowhere'], 'nowhere holds no'), (['eval', 'nowhere'], 'nowhere'),
     ([], 'required'), (['dance'], 'invalid choice')])
 def test_one_clear_line(capsys, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
@@ -80,3 +83,29 @@ def test_an_interrupt_is_no_error(capsys, tmp_path, monkeypatch):
 def test_the_command_answers_without_torch():
     run = 'import sys; from vader_nb.cli import make_parser; make_parser(); sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', run]).returncode == 0
+
+
+@pytest.mark.parametrize('a, b', [('a panda', 'a panda!'), ('a panda', 'a, panda'), ('\N{PANDA FACE}', '\N{FOX FACE}'), ('a panda ' * 30 + 'riding', 'a panda ' * 30 + 'eating'), ('a b', 'a-b'), ('\u718a\u732b' * 200, '\u718a\u732b' * 201)])
+def test_different_prompts_have_different_files(a, b):
+    names = {clip_name(p, 0) for p in (a, b)}
+    assert len(names) == 2 and all(0 < len(n.encode()) < 100 and n.strip('-') == n for n in names)
+
+def test_clips_with_and_without_a_lora_lie_side_by_side(capsys, tmp_path):
+    assert said(capsys, 'run', 'tiny', '--out', tmp_path/'first', '--device', 'cpu')[0] == 0
+    for lora in ([], ['--lora', tmp_path/'first/lora']): assert said(capsys, 'sample', '--sampling-steps', 2, '--out', tmp_path/'clips', '--device', 'cpu', *lora, 'a panda')[0] == 0
+    assert sorted(p.name for p in (tmp_path/'clips').glob('*.gif')) == ['a-panda-0-first.gif', 'a-panda-0.gif']
+
+def test_sampling_with_a_lora_takes_the_settings_of_its_run(capsys, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr('vader_nb.diffusion.rollout.sample', lambda model, prompts, *a: asked.append(a) or torch.rand(1, 4, 3, 16, 16))
+    assert said(capsys, 'run', 'tiny', '--out', tmp_path/'run', '--device', 'cpu', '--seed', 3)[0] == 0
+    asked.clear()
+    for more in ([], ['--sampling-steps', 5, '--guidance', 2, '--seed', 9]):
+        code, _, err = said(capsys, 'sample', '--lora', tmp_path/'run/lora', '--out', tmp_path/'clips', '--device', 'cpu', *more, 'a panda')
+        assert code == 0, err
+    assert asked == [(3, 4., 3, 'ddim', 0., (4, 16, 16)), (5, 2., 9, 'ddim', 0., (4, 16, 16))]
+
+def test_a_console_that_knows_ascii_alone(tmp_path):
+    run = "import sys; sys.path.insert(0, 'tests'); from vader_nb import cli; cli._commands['list'] = (lambda args: print('\N{PANDA FACE}'), '', cli._list_options); sys.exit(cli.main(['list']))"
+    out = subprocess.run([sys.executable, '-c', run], env=os.environ | {'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0'}, capture_output=True, text=True)
+    assert out.returncode == 0 and '1f43c' in out.stdout, out.stderr

@@ -2,7 +2,8 @@
 import pytest
 from vader_nb.core import VaderError
 from vader_nb.experiments.prompts import ACTIONS, COMMON_ANIMALS, TEST_ACTIVITIES, action_prompts, activity_prompts, hps_actions, spread
-from vader_nb.experiments.registry import EXPERIMENTS, experiment_config, find_experiment, run
+from vader_nb.experiments.registry import EXPERIMENTS, experiment_config, find_experiment, load_rewards, parse_reward, run
+from vader_nb.zoo import MODELS, REWARDS
 
 both = pytest.mark.parametrize('scale', ['small', 'full'])
 each = pytest.mark.parametrize('name', EXPERIMENTS)
@@ -55,3 +56,22 @@ def test_unknown_names(name, scale, words):
 def test_a_wrong_folder_is_told_before_anything_is_loaded(tmp_path):
     (tmp_path/'thesis.tex').write_text('')
     with pytest.raises(VaderError, match='holds other files'): next(run(experiment_config('modelscope-aesthetic'), tmp_path))
+
+@each
+def test_parts_are_in_the_zoo(name):
+    e = find_experiment(name)
+    assert e.base in MODELS and all(reward in REWARDS for _, reward in parse_reward(e.reward))
+
+@pytest.mark.parametrize('text, terms', [('hps', [(1, 'hps')]), ('hps21 + 0.1*aesthetic', [(1, 'hps21'), (.1, 'aesthetic')]), (' 2 * jpeg+1e-3*depth', [(2, 'jpeg'), (1e-3, 'depth')])])
+def test_a_sum_of_rewards_is_read(text, terms): assert parse_reward(text) == terms
+
+@pytest.mark.parametrize('text', ['', 'hps +', 'hps - aesthetic', '0.1 aesthetic', 'x*hps', 'hps * 2'])
+def test_what_is_no_sum_of_rewards(text):
+    with pytest.raises(VaderError, match='is no reward: write'): parse_reward(text)
+
+def test_a_weighted_sum_scores_as_its_terms():
+    import torch
+    video = torch.rand(2, 3, 3, 64, 64)
+    total, jpeg, beauty = [load_rewards(text, device='cpu') for text in ('2*jpeg + 0.5*aesthetic', 'jpeg', 'aesthetic')]
+    torch.testing.assert_close(total(video), 2 * jpeg(video) + .5 * beauty(video))
+    with pytest.raises(VaderError, match='unknown reward'): load_rewards('beauty')

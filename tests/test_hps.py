@@ -243,7 +243,7 @@ def test_prompts_of_the_experiment():
     assert hat_prompts('full') == action_prompts('full')
     e = EXPERIMENTS['modelscope-hps']
     assert tuple(e.prompts('small')) == (train, tests * 4)
-    assert e.prompts('full')[1] == action_prompts('full')[1] and e.reward is load_hps and e.full == EXPERIMENTS['modelscope-aesthetic'].full
+    assert e.prompts('full')[1] == action_prompts('full')[1] and e.reward == 'hps' and e.full == EXPERIMENTS['modelscope-aesthetic'].full
 
 # How the small one was made
 

@@ -21,6 +21,16 @@ def bright(chance=0.):
     return reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)) * (1 + chance * torch.rand(())), 'bright')
 
 
+def load_tiny(scale='small', device=None, dtype=None):
+    "The tiny model as a base model of the zoo."
+    return tiny_model()
+
+
+def load_bright(scale='small', device=None, dtype=None):
+    "Brightness as a reward of the zoo."
+    return bright()
+
+
 def tiny_fit(folder, model=None, reward=None, chance=0., changes=None, **how):
     return fit(model or tiny_model(), reward or bright(chance), PROMPTS, Config(**{**TINY, **(changes or {})}), folder, TESTS, **how)
 

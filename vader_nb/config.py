@@ -15,7 +15,7 @@ from .core import check, read_json
 TRICKS = dict(
     checkpointing='recompute the layers of denoiser, decoder and reward in the backward pass',
     vae_slicing='the decoder draws one frame at a time, recomputed in the backward pass unless offloaded',
-    batch_slicing='the denoiser treats one clip and one half of the guidance at a time, recomputed in the backward pass unless offloaded',
+    batch_slicing='the denoiser treats one clip and one half of the guidance at a time, recomputed likewise',
     vae_tiling='the decoder draws overlapping tiles of large frames; approximate',
     activation_offload='what is kept for the backward pass waits in the memory of the host',
     encoder_offload='encoders of prompts and images are on the device for new prompts only',
@@ -36,7 +36,7 @@ def check_tricks(
 # %% ../nbs/4_method/00_config.ipynb #ecb8ac36
 @dataclass
 class Config:
-    "The settings of a run; with the model, the reward and the prompts they decide it. Raises `VaderError` for a bad one."
+    "The settings of a run: with model, reward and prompts they decide it. Raises `VaderError` if one is bad."
     experiment: str = 'custom'            # its name in `vader list`
     scale: str = 'small'                  # 'small' or 'full'
     seed: int = 0
@@ -72,7 +72,8 @@ _choices = dict(
     mixed_precision=['fp32', 'fp16', 'bf16'],
 )
 _at_least_0 = ['seed', 'eval_every']
-_at_least_1 = ['train_steps', 'batch_size', 'gradient_accumulation_steps', 'rank', 'T', 'K', 'frames', 'height', 'width', 'decoded_frames', 'save_every']
+_at_least_1 = ['train_steps', 'batch_size', 'gradient_accumulation_steps', 'rank', 'T', 'K', 'save_every',
+               'frames', 'height', 'width', 'decoded_frames']
 _above_0 = ['lr', 'max_grad_norm', 'alpha']
 _kinds = {int: 'a whole number', float: 'a number', str: 'a word'}
 
@@ -104,8 +105,10 @@ def check_config(
             check(getattr(c, name) >= low, f'{name} is {getattr(c, name)}, but must be at least {low}')
     for name in _above_0:
         check(getattr(c, name) > 0, f'{name} is {getattr(c, name)}, but must be above 0')
+    check(c.seed < 2**32, f'seed is {c.seed}, but must be below 2**32 = {2**32}')
     check(c.K <= c.T, f'K is {c.K}, but only T = {c.T} steps are taken: choose K from 1 to {c.T}')
-    check(c.decoded_frames <= c.frames, f'decoded_frames is {c.decoded_frames}, but a clip has {c.frames} frames: choose 1 to {c.frames}')
+    check(c.decoded_frames <= c.frames,
+          f'decoded_frames is {c.decoded_frames}, but a clip has {c.frames} frames: choose 1 to {c.frames}')
     check(0 <= c.eta <= 1, f'eta is {c.eta}, but must lie between 0 and 1')
     check_tricks(c.tricks)
 

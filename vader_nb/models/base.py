@@ -116,6 +116,11 @@ def encode(self: VideoModel, prompts, frames=None, height=None, width=None, gene
     prompts = check_prompts(prompts)
     return Condition(self.embeds(prompts), self.embeds([''] * len(prompts)))
 
+# %% ../../nbs/3_models/00_base.ipynb #ce52d9a1
+@patch
+def read_prompts(self: VideoModel, prompts):
+    "All prompts of a run, before it starts: a model with a large text encoder reads them now and frees its memory."
+
 # %% ../../nbs/3_models/00_base.ipynb #38a2114d
 @patch
 def check_input(self: VideoModel, x_t, cond, guidance):

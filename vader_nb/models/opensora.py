@@ -139,6 +139,12 @@ def drop_text_encoder(
     if file is None: return
     with atomic_path(file) as f: save_file({p: v.contiguous().cpu() for p, v in model.cache.items()}, f)
 
+# %% ../../nbs/3_models/06_opensora.ipynb #46c6f8fb
+@patch
+def read_prompts(self: OpenSora, prompts):
+    "T5 reads all prompts of a run at once, then makes room."
+    drop_text_encoder(self, prompts)
+
 # %% ../../nbs/3_models/06_opensora.ipynb #1badbf9f
 def read_embeddings(
     model,  # the same kind of model, with or without its text encoder
