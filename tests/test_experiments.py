@@ -75,3 +75,16 @@ def test_a_weighted_sum_scores_as_its_terms():
     total, jpeg, beauty = [load_rewards(text, device='cpu') for text in ('2*jpeg + 0.5*aesthetic', 'jpeg', 'aesthetic')]
     torch.testing.assert_close(total(video), 2 * jpeg(video) + .5 * beauty(video))
     with pytest.raises(VaderError, match='unknown reward'): load_rewards('beauty')
+
+def test_runs_lie_in_one_place_and_are_never_mixed(tmp_path, monkeypatch):
+    from vader_nb.experiments.registry import default_folder, fresh_folder
+    config = experiment_config('modelscope-aesthetic', seed=3)
+    (tmp_path/'nbs/8_results').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path/'nbs/8_results')
+    assert default_folder(config) == tmp_path/'nbs/8_results/runs/modelscope-aesthetic-small-3'
+    (tmp_path/'settings.ini').write_text('')
+    (tmp_path/'vader_nb').mkdir()
+    assert default_folder(config) == fresh_folder(config) == tmp_path/'runs/modelscope-aesthetic-small-3'
+    fresh_folder(config).mkdir(parents=True)
+    fresh_folder(config).mkdir()
+    assert fresh_folder(config).name == 'modelscope-aesthetic-small-3-3'

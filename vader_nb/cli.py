@@ -49,9 +49,9 @@ def run_experiment(
 ):
     "Run an experiment and say where its report is."
     from accelerate import PartialState
-    from vader_nb.experiments.registry import experiment_config, run
+    from vader_nb.experiments.registry import default_folder, experiment_config, run
     config = experiment_config(args.experiment, args.scale, **_given(args, _config_options))
-    folder = Path(args.out or f'runs/{args.experiment}-{args.scale}-{config.seed}')
+    folder = Path(args.out or default_folder(config))
     for record in run(config, folder, args.device, resume=args.resume, wandb=args.wandb, progress=True):
         pass  # the progress bar shows it
     if PartialState().is_main_process:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['modelscope_full', 'videocrafter_full', 'opensora_full', 'svd_full', 'videocrafter_small', 'opensora_small',
            'svd_small', 'EXPERIMENTS', 'Experiment', 'parse_reward', 'load_rewards', 'find_experiment',
-           'experiment_config', 'load', 'run']
+           'experiment_config', 'load', 'run', 'default_folder', 'fresh_folder']
 
 # %% ../../nbs/8_results/01_experiments.ipynb #2160ba97
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 import torch
 from ..config import Config
 from ..core import check, pick_device
@@ -193,3 +194,25 @@ def run(
     model.read_prompts([*prompts, *eval_prompts])
     judge = judge_clips if config.scale == 'small' else None
     yield from fit(model, reward, prompts, config, folder, eval_prompts, judge, **how)
+
+# %% ../../nbs/8_results/01_experiments.ipynb #062306ea
+def default_folder(
+    config: Config,
+) -> Path:
+    "Where a run goes unless another place is named: `runs/EXPERIMENT-SCALE-SEED`, in the checkout if there is one."
+    here = Path.cwd()
+    checkouts = [d for d in (here, *here.parents) if (d/'settings.ini').is_file() and (d/'vader_nb').is_dir()]
+    home = checkouts[0] if checkouts else here
+    return home/'runs'/f'{config.experiment}-{config.scale}-{config.seed}'
+
+# %% ../../nbs/8_results/01_experiments.ipynb #7d731274
+def fresh_folder(
+    config: Config,
+) -> Path:
+    "`default_folder`, or the first of it with a number behind that does not exist yet."
+    first = default_folder(config)
+    folder, number = first, 1
+    while folder.exists():
+        number += 1
+        folder = first.with_name(f'{first.name}-{number}')
+    return folder
