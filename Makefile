@@ -4,22 +4,28 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10 p
   $$p -c '$(ok)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 bin := .venv/bin
 sources := settings.ini setup.py pyproject.toml
+# On Linux the ordinary torch brings gigabytes of CUDA libraries. TORCH=cpu takes PyTorch's CPU build from its own index,
+# TORCH=cuda the ordinary one; auto looks for an NVIDIA card. Where that index cannot be reached, the ordinary one is taken.
+TORCH ?= auto
+cpu_torch := --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 15 --quiet
+as_root := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
 .PHONY: help demo test lab readme hooks clean
 help:  ## say what there is
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
-demo: .venv/installed  ## align the small ModelScope with the aesthetic reward (5 minutes); see runs/demo/report.md
+demo: .venv/installed  ## align the small ModelScope with the aesthetic reward (1 to 2 minutes); see runs/demo/report.md
 	$(bin)/vader run modelscope-aesthetic --scale small --out runs/demo --resume
 
 test: .venv/developer  ## the export check, all notebooks and all tests
 	OMP_NUM_THREADS=1 $(bin)/pytest tests
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(bin)/nbdev_test --n_workers 2 --timing
 
-lab: .venv/developer  ## open the notebooks in JupyterLab
-	$(bin)/jupyter lab nbs/index.ipynb
+lab: .venv/developer  ## open the notebooks in JupyterLab, which sees runs/ too
+	$(bin)/jupyter lab $(as_root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
-readme: .venv/developer  ## make README.md from nbs/index.ipynb
+readme: .venv/developer  ## make the tables of contents, and README.md from nbs/index.ipynb
+	$(bin)/python tools/contents.py
 	$(bin)/python tools/readme.py
 
 hooks: .venv/developer  ## keep notebooks clean in git: clean on save, merge by cell
@@ -29,13 +35,19 @@ clean:  ## remove the environment and what builds left behind
 	rm -rf .venv build dist *.egg-info
 
 # Stamps: pip runs again only when what it installs has changed.
-.venv/installed: $(sources) | .venv
+.venv/installed: $(sources) | .venv/torch
 	$(bin)/python -m pip install --editable .
 	@touch $@
 
-.venv/developer: $(sources) | .venv
+.venv/developer: $(sources) | .venv/torch
 	$(bin)/python -m pip install --editable '.[dev]'
 	@touch .venv/installed $@
+
+.venv/torch: | .venv
+	@if [ "$(TORCH)" = cpu ] || { [ "$(TORCH)" = auto ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; }; then \
+	  $(bin)/python -m pip install 'torch>=2.6,!=2.13.0' 'torchvision>=0.21' $(cpu_torch) \
+	  || echo "PyTorch's CPU index cannot be used here: taking the ordinary build."; fi
+	@touch $@
 
 .venv:
 	@test -n "$(PYTHON)" || { echo "vader_nb needs Python 3.10 to 3.13 with its venv module (Debian, Ubuntu: apt install python3-venv)." \

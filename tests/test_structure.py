@@ -118,14 +118,36 @@ def test_readme_is_made_from_the_index():
     text, pictures = readme(read(root/'nbs/index.ipynb'))
     assert (root/'README.md').read_text(encoding='utf8') == text, 'run make readme'
     assert all((root/'nbs/images'/name).read_bytes() == data for name, data in pictures.items())
-    links = re.findall(r'\]\(([^)#\s]+)', text) + re.findall(r'src="([^"]+)"', text)
-    assert not [l for l in links if not l.startswith('http') and not (root/l).exists()]
 
 
-def test_the_map_leads_to_real_headings():
-    links = re.findall(r'\]\(([\w/]+\.ipynb)#([^)]+)\)', '\n'.join(''.join(c['source']) for c in read(root/'nbs/index.ipynb')['cells']))
-    heads = lambda nb: re.findall(r'^#+ (.+)$', '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown'), re.M)
-    assert not [(p, a) for p, a in links if a not in [h.strip().replace(' ', '-') for h in heads(read(root/'nbs'/p))]]
+def headings(path):
+    "The anchors of a notebook, as JupyterLab makes them."
+    text = '\n'.join(''.join(c['source']) for c in read(path)['cells'] if c['cell_type'] == 'markdown')
+    return {h.strip().replace(' ', '-') for h in re.findall(r'^#+ (.+)$', text, re.M)}
+
+pages = [*paths, *sorted((root/'nbs').rglob('README.md')), *[root/name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]]
+
+@pytest.mark.parametrize('path', pages, ids=[str(p.relative_to(root)) for p in pages])
+def test_every_link_leads_somewhere(path):
+    if path.suffix == '.md': text = path.read_text(encoding='utf8')
+    else: text = '\n'.join(''.join(c['source']) for c in read(path)['cells'] if c['cell_type'] == 'markdown')
+    text = re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)
+    broken = []
+    for target, anchor in re.findall(r'\]\(((?!https?:)[^)#\s]*)(?:#((?:[^()\s]|\([^()]*\))+))?\)', text) + [(t, '') for t in re.findall(r'src="((?!https?:)[^"]+)"', text)]:
+        place = (path.parent/target).resolve() if target else path
+        if not place.exists(): broken.append(target)
+        elif anchor and place.suffix == '.ipynb' and anchor not in headings(place): broken.append(f'{target}#{anchor}')
+    assert not broken
+
+
+def test_contents_are_up_to_date():
+    sys.path.insert(0, str(root/'tools'))
+    from contents import CHAPTERS, updated
+    assert {p.name for p in (root/'nbs').iterdir() if p.is_dir() and list(p.glob('*.ipynb'))} == set(CHAPTERS)
+    assert not [str(p) for p, text in updated().items() if p.suffix == '.md' and p.read_text(encoding='utf8') != text], 'run make readme'
+    sources = lambda nb: [''.join(c['source']) for c in nb['cells']]
+    index = root/'nbs/index.ipynb'
+    assert sources(json.loads(updated()[index])) == sources(read(index)), 'run make readme'
 
 
 @pytest.mark.skipif(not (root/'vader_nb/checkpoints/modelscope/unet').exists(), reason='the small ModelScope is not there yet')
@@ -168,6 +190,13 @@ def test_the_wheel_imports_where_there_is_no_checkout(wheel, tmp_path):
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip().startswith(str(tmp_path/'site'))
+
+
+def test_the_page_on_a_package_index_has_no_relative_links(wheel):
+    archive = zipfile.ZipFile(wheel)
+    text = archive.read(next(n for n in archive.namelist() if n.endswith('METADATA'))).decode()
+    assert 'VADER in a hundred lines' in text
+    assert not re.findall(r'\]\((?!https?:|#)[^)]*\)', text)
 
 
 def test_settings_name_the_packages_the_code_imports():
