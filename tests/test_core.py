@@ -1,8 +1,9 @@
 import errno, os, re
 from pathlib import Path
 
+import numpy as np
 import pytest, torch
-from vader_nb.core import VaderError, atomic_path, check, default_dtype, from_frames, make_generator, pick_device, pick_dtype, randn, read_json, reason, swap_cf, to_frames, write_json
+from vader_nb.core import VaderError, atomic_path, check, check_device, default_dtype, from_frames, make_generator, pick_device, pick_dtype, randn, read_json, reason, suggest, swap_cf, to_frames, write_json
 
 root = Path(__file__).resolve().parent.parent
 
@@ -118,3 +119,25 @@ def test_json_round_trip_and_damage(tmp_path):
 
 def test_a_reason_is_one_line_and_never_empty():
     assert reason(OSError(' first\nsecond')) == 'first' and reason(EOFError()) == 'EOFError'
+
+
+@pytest.mark.parametrize('seed', [2**64, 10**30, -2**63 - 1, 1.5, '7', None])
+def test_a_seed_that_torch_cannot_take_is_one_clear_line(seed):
+    with pytest.raises(VaderError, match='seed .* must be a whole number below') as e: make_generator(seed)
+    assert '\n' not in str(e.value)
+
+
+def test_any_other_whole_number_is_a_seed():
+    for seed in (0, -1, 2**64 - 1, -2**63, np.int64(3), torch.tensor(3)): assert randn(2, make_generator(seed)).isfinite().all()
+    assert torch.equal(randn(2, make_generator(3)), randn(2, make_generator(np.int64(3))))
+
+
+def test_a_tensor_on_another_device_is_named():
+    x = torch.zeros(2)
+    for device in ('cpu', torch.device('cpu'), 'cpu:0'): check_device(x, device, 'the video')
+    with pytest.raises(VaderError, match=r"^the video is on cpu, but must be on cuda:1: move it with .to\('cuda:1'\)$"): check_device(x, 'cuda:1', 'the video')
+    with pytest.raises(VaderError, match='the latents is on meta'): check_device(x.to('meta'), 'cpu', 'the latents')
+
+
+def test_a_word_that_is_nearly_right_is_suggested():
+    assert suggest('pandda', {'panda', 'fox'}) == ", did you mean 'panda'?" and suggest('zebra', {'panda', 'fox'}) == ''

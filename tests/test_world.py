@@ -14,7 +14,7 @@ from vader_nb.world import scenes as world
 from vader_nb.core import VaderError, make_generator
 from vader_nb.world.scenes import ACTIVITIES, ANIMALS, COLOURS, CORE, FACES, GRADES, LOOKALIKE, OBJECTS, draw, layout, scenes
 from vader_nb.world.shapes import signed_distance
-from vader_nb.world.captions import FOOD_NOISE, HAT_NOISE, PROMPT_SETS, TEST_ANIMALS, TRAIN_ANIMALS, caption, captions, noisy_labels, parse, prompts, start_images
+from vader_nb.world.captions import FOOD_NOISE, HAT_NOISE, PROMPT_SETS, TEST_ANIMALS, TRAIN_ANIMALS, WORDS, caption, captions, check_vocabulary, noisy_labels, parse, prompts, start_images
 from vader_nb.world.rating import CORRUPTIONS, frame_stats, label, rate, corrupt
 from vader_nb.zoo import model_path
 
@@ -186,6 +186,23 @@ def test_the_small_models_know_every_word():
     coded = tok.encode_batch(texts)
     assert all(len(c.ids) == len(t.split()) + 2 for c, t in zip(coded, texts)), 'one token a word, and two end marks'
     assert max(len(c.ids) for c in coded) <= longest
+
+def test_the_vocabulary_is_that_of_the_captions():
+    texts = [caption(**w) for w in combinations()]
+    assert {word for text in texts for word in text.split()} == WORDS
+    check_vocabulary([*texts, '', 'A Fox, playing CHESS.'])
+
+@pytest.mark.parametrize('prompt,says', [
+    ('a pandda riding a bike', "do not know the word 'pandda' of 'a pandda riding a bike', did you mean 'panda'"),
+    ('two pandas', "'two'"), ('a zebra playing chess', "'zebra' of 'a zebra playing chess': animals are panda, fox"),
+    ('a fox eating 2 donuts', "'2'"), ('\u718a\u732b', 'do not know'), ('\U0001f98a!', "has no words: write, say, 'a fox playing chess'")])
+def test_a_word_that_the_world_does_not_have_is_named(prompt, says):
+    with pytest.raises(VaderError, match=says) as e: check_vocabulary(['a fox', prompt])
+    assert '\n' not in str(e.value)
+
+def test_a_prompt_is_read_back_with_its_punctuation():
+    assert parse('A fox, riding a bike.') == parse('a fox riding a bike')
+    with pytest.raises(VaderError, match='names no animal'): parse('a foxglove')
 
 def test_caption_noise_has_the_stated_shares():
     s = scenes(20_000, 1)
