@@ -76,7 +76,7 @@ def test_a_place_that_cannot_be_written(capsys, tmp_path):
 
 def test_an_interrupt_is_no_error(capsys, tmp_path, monkeypatch):
     def stop(*a, **k): raise KeyboardInterrupt
-    monkeypatch.setattr('vader_nb.training.trainer.optimizer_step', stop)
+    monkeypatch.setattr('vader_nb.training.trainer.Trainer.train_step', stop)
     code, _, err = said(capsys, 'run', 'tiny', '--out', tmp_path/'run', '--device', 'cpu')
     assert code == 130 and err.strip().endswith('vader run --resume goes on from the last checkpoint')
 

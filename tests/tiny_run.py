@@ -5,7 +5,7 @@ from tiny_models import tiny_pipeline
 from vader_nb.models.modelscope import ModelScope
 from vader_nb.rewards.base import reward_from
 from vader_nb.config import Config
-from vader_nb.training.trainer import fit
+from vader_nb.training.trainer import Trainer, fit
 
 PROMPTS, TESTS = ['a panda riding a bike', 'a fox playing chess', 'a dog washing dishes'], ['a fox riding a bike', 'a panda washing dishes']
 TINY = dict(T=3, K=2, frames=4, height=16, width=16, rank=2, alpha=2., batch_size=2)
@@ -33,6 +33,11 @@ def load_bright(scale='small', device=None, dtype=None):
 
 def tiny_fit(folder, model=None, reward=None, chance=0., changes=None, **how):
     return fit(model or tiny_model(), reward or bright(chance), PROMPTS, Config(**{**TINY, **(changes or {})}), folder, TESTS, **how)
+
+
+def tiny_trainer(folder, **changes):
+    "A trainer that is ready to train."
+    return Trainer(tiny_model(), bright(), PROMPTS, Config(**{**TINY, **changes}), folder).setup()
 
 
 if __name__ == '__main__':

@@ -5,57 +5,95 @@
 # %% auto #0
 __all__ = ['seconds', 'part_seconds', 'bench_step']
 
-# %% ../../nbs/7_training/04_benchmark.ipynb #08e8147d
+# %% ../../nbs/7_training/04_benchmark.ipynb #12bf76da
 import time
 from dataclasses import replace
+from pathlib import Path
 import torch
 from ..core import make_generator
-from .trainer import begin, close, draw_prompts, log, optimizer_step, start
-from .vader import pick_frames, vader_step
+from .trainer import Trainer, draw_prompts
+from .vader import pick_frames
 
 # %% ../../nbs/7_training/04_benchmark.ipynb #eb4838b6
 def seconds(
-    fn,  # function without arguments
-):
-    "How long a call takes, the GPU's work included."
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    sync(); began = time.perf_counter()
-    fn(); sync()
+    function,  # without arguments
+) -> float:
+    "How long a call takes, the work on the GPU included."
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
+# %% ../../nbs/7_training/04_benchmark.ipynb #e80b8302
+def _denoising_seconds(
+    trainer,
+    cond,
+    x,  # latents (b, c, f, h, w)
+) -> dict:
+    "T - K passes of the denoiser without a graph, K with one, and the way back through these."
+    c, model = trainer.config, trainer.model
+    t = model.sampler(c.T, c.sampler, size=(c.frames, c.height, c.width)).timesteps[0]
+    predictions = []
+
+    def denoise(n):
+        for _ in range(n):
+            predictions.append(model.predict(x, t, cond, c.guidance))
+
+    def denoise_plain():
+        with torch.no_grad():
+            denoise(c.T - c.K)
+        predictions.clear()
+
+    def go_back(): torch.autograd.backward(predictions, [torch.ones_like(p) for p in predictions])
+
+    return {
+        'denoise': seconds(denoise_plain),
+        'denoise with graph': seconds(lambda: denoise(c.K)),
+        'backward': seconds(go_back),
+    }
+
+# %% ../../nbs/7_training/04_benchmark.ipynb #3457246e
 def part_seconds(
-    run, reward, prompts,
-):  # -> dict name -> seconds
+    trainer,        # a `Trainer` after `setup`
+    prompts: list,  # of one pass
+) -> dict:  # name -> seconds
     "The parts of one VADER pass, each measured alone."
-    c, model, g = run.config, run.model, make_generator(0)
-    size = c.frames, c.height, c.width
-    cond, x, t = model.encode(prompts, *size), model.noise(len(prompts), *size, generator=g), model.sampler(c.T, c.sampler, size=size).timesteps[0]
-    denoise = lambda: model.predict(x, t, cond, c.guidance)
-    with torch.no_grad(): parts = dict(denoise=seconds(lambda: [denoise() for _ in range(c.T - c.K)]))
-    preds = []
-    parts['denoise with graph'] = seconds(lambda: preds.extend(denoise() for _ in range(c.K)))
-    parts['backward'] = seconds(lambda: torch.autograd.backward(preds, [torch.ones_like(p) for p in preds]))
-    z, shown = x.clone().requires_grad_(), pick_frames(c.frames, c.frames if reward.wants == 'clip' else c.decoded_frames, g)
-    parts['decode'] = seconds(lambda: model.decode(z, shown).sum().backward())
+    c, model, reward = trainer.config, trainer.model, trainer.reward
+    size = (c.frames, c.height, c.width)
+    generator = make_generator(0)
+    cond = model.encode(prompts, *size)
+    x = model.noise(len(prompts), *size, generator=generator)
+    parts = _denoising_seconds(trainer, cond, x)
+    shown = pick_frames(c.frames, c.frames if reward.wants == 'clip' else c.decoded_frames, generator)
+    latents = x.clone().requires_grad_()
+    parts['decode'] = seconds(lambda: model.decode(latents, shown).sum().backward())
     video = model.decode(x, shown).detach().clamp(0, 1).requires_grad_()
-    parts['reward'] = seconds(lambda: reward(video, prompts, g).sum().backward())
+    parts['reward'] = seconds(lambda: reward(video, prompts, generator).sum().backward())
     return parts
 
 # %% ../../nbs/7_training/04_benchmark.ipynb #9699b1d1
 def bench_step(
-    model,      # a `VideoModel` without LoRA
-    reward,     # a `Reward`
-    prompts,    # training prompts
-    config,     # a `Config`
-    folder,     # where the log goes
-    repeats=5,  # of both, in turns
+    model,          # a `VideoModel` without LoRA
+    reward,         # a `Reward`
+    prompts: list,  # training prompts
+    config,         # a `Config`; `where` is 'last' here, and a step has one pass
+    folder,         # where the log goes
+    repeats=5,      # of both, in turns
 ):  # -> (list of dicts of parts, list of seconds of whole steps)
-    "Time whole steps of `fit` (last K steps, one pass) and their parts alone, interleaved."
-    run = start(model, reward, replace(config, where='last', gradient_accumulation_steps=1), folder)
-    begin(run)
-    def whole(): log(run, 'metrics.jsonl', optimizer_step(run, vader_step, reward, prompts))
+    "Time whole steps of `fit` and their parts alone."
+    config = replace(config, where='last', gradient_accumulation_steps=1)
+    trainer = Trainer(model, reward, prompts, config, Path(folder)).setup()
+    trainer.open_logs()
     batch = draw_prompts(prompts, config.batch_size, make_generator(0))
-    whole(), part_seconds(run, reward, batch)  # warm up
-    pairs = [(part_seconds(run, reward, batch), seconds(whole)) for _ in range(repeats)]
-    close(run)
-    return [list(x) for x in zip(*pairs)]
+    def whole(): trainer.log('metrics.jsonl', trainer.train_step())
+    whole()  # the first of both only warms up
+    part_seconds(trainer, batch)
+    parts, steps = [], []
+    for _ in range(repeats):
+        parts.append(part_seconds(trainer, batch))
+        steps.append(seconds(whole))
+    trainer.teardown()
+    return parts, steps

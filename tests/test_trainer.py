@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest, torch
 from tiny_models import tiny_pipeline
-from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model
-from vader_nb.training import trainer as train
+from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora
 from vader_nb.memory.lora import saved_bytes
@@ -16,7 +15,7 @@ from vader_nb.diffusion.rollout import sample
 from vader_nb.training.run_folder import checkpoints
 from vader_nb.records import read_lines
 from vader_nb.config import Config
-from vader_nb.training.trainer import check_gradient, fit, one_pass, optimizer_step, start
+from vader_nb.training.trainer import Trainer, fit
 from vader_nb.training.vader import vader_step
 
 here = Path(__file__).parent
@@ -127,23 +126,21 @@ def test_two_processes_are_one(tmp_path):
 # a step
 
 def test_passes_add_up_to_their_mean(tmp_path):
-    config = Config(**TINY, gradient_accumulation_steps=2)
     def gradient(numbers, accumulate):
-        run = start(tiny_model(), bright(), replace(config, gradient_accumulation_steps=accumulate), tmp_path)
-        for i in numbers: one_pass(run, vader_step, bright(), PROMPTS, i)
+        run = tiny_trainer(tmp_path, gradient_accumulation_steps=accumulate)
+        for i in numbers: run.train_pass(i)
         return torch.cat([p.grad.flatten() for p in run.weights.values()])
     both, first, second = gradient([0, 1], 2), gradient([0], 1), gradient([1], 1)
     assert torch.allclose(both, (first + second) / 2, atol=1e-6 * both.abs().max())
 
 def test_the_gradient_is_clipped(tmp_path):
-    run = start(tiny_model(), bright(), Config(**TINY, max_grad_norm=1e-6), tmp_path)
-    one_pass(run, vader_step, bright(), PROMPTS, 0)
-    norm = train.clip_gradient(run)
+    run = tiny_trainer(tmp_path, max_grad_norm=1e-6)
+    run.train_pass(0)
+    norm = run.clip_gradient()
     assert norm > 1e-5 and torch.nn.utils.get_total_norm([p.grad for p in run.weights.values()]) == pytest.approx(1e-6, rel=.01)
 
 def test_everything_is_counted(tmp_path):
-    run = start(tiny_model(), bright(), Config(**TINY, where='last', gradient_accumulation_steps=3), tmp_path)
-    record = optimizer_step(run, vader_step, bright(), PROMPTS)
+    record = tiny_trainer(tmp_path, where='last', gradient_accumulation_steps=3).train_step()
     assert record['reward_queries'] == 3 * 2 and record['denoiser_passes'] == 3 * 2 * 3 * 2  # passes, clips, T, both halves of guidance
 
 def test_dropout_never_runs(tmp_path):
@@ -162,14 +159,14 @@ def test_a_clip_reward_sees_all_frames():
     assert seen == [1, 4]
 
 def test_memory_does_not_grow_with_T(tmp_path):
-    run = start(tiny_model(), bright(), Config(**TINY, tricks='checkpointing'), tmp_path)
+    run = tiny_trainer(tmp_path, tricks='checkpointing')
     kept = [saved_bytes(lambda: vader_step(run.model, bright(), PROMPTS[:2], replace(run.config, T=T, K=1, where='last'), make_generator(0))) for T in (2, 8)]
     assert kept[0] > 0 and kept[1] <= kept[0] * 1.001
 
 def test_exact_tricks_leave_the_gradient_alone(tmp_path):
     def gradient(words):
-        run = start(tiny_model(), bright(), Config(**TINY, tricks=words), tmp_path)
-        one_pass(run, vader_step, bright(), PROMPTS, 0)
+        run = tiny_trainer(tmp_path, tricks=words)
+        run.train_pass(0)
         return torch.cat([p.grad.flatten() for p in run.weights.values()])
     plain, thrifty = gradient(''), gradient('checkpointing batch_slicing vae_slicing activation_offload model_offload')
     assert plain.abs().max() > 0 and torch.allclose(plain, thrifty, atol=1e-5 * plain.abs().max())
@@ -182,10 +179,10 @@ def test_a_run_with_tricks_is_a_run(tmp_path):
     with pytest.raises(VaderError, match="unknown trick 'magic'"): Config(tricks='magic')
 
 def test_bf16_keeps_the_lora_in_float32(tmp_path):
-    run = start(tiny_model(), bright(), Config(**TINY, mixed_precision='bf16'), tmp_path)
+    run = tiny_trainer(tmp_path, mixed_precision='bf16')
     seen = []
     run.model.denoiser.base_model.model.conv_out.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
-    record = optimizer_step(run, vader_step, bright(), PROMPTS)
+    record = run.train_step()
     assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in run.weights.values()) and record['gradient_norm'] > 0
 
 
@@ -206,10 +203,11 @@ def test_what_is_not_finite_stops_the_run(tmp_path, fn, words):
 
 def test_the_loss_scaler_may_skip_eight_steps():
     weight = torch.nn.Parameter(torch.zeros(1)); weight.grad = torch.tensor([torch.inf])
-    run = SimpleNamespace(weights={'w': weight}, skipped=0, step=0, folder=here, accelerator=SimpleNamespace(scaler=object()))
-    for _ in range(8): check_gradient(run, torch.inf)
-    with pytest.raises(VaderError, match='1 weights, first w'): check_gradient(run, torch.inf)
-    run.skipped = 3; check_gradient(run, 1.); assert run.skipped == 0
+    run = Trainer(None, None, PROMPTS, Config(), here)
+    run.weights, run.accelerator = {'w': weight}, SimpleNamespace(scaler=object())
+    for _ in range(8): run.check_gradient(torch.inf)
+    with pytest.raises(VaderError, match='1 weights, first w'): run.check_gradient(torch.inf)
+    run.skipped = 3; run.check_gradient(1.); assert run.skipped == 0
 
 def test_no_space_left(tmp_path, monkeypatch):
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
