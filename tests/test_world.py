@@ -248,18 +248,18 @@ def test_every_vivid_clip_beats_its_dull_self(vivid):
     assert (rate(vivid) > rate(dull) + 1).all()
 
 @pytest.mark.parametrize('kind', ['noise', 'blur', 'blotches'])
-def test_the_rule_falls_as_a_clip_is_spoiled(vivid, kind):
+def test_the_rule_falls_as_a_clip_is_corrupted(vivid, kind):
     means = [rate(corrupt(vivid, kind, torch.full((48,), k), make_generator(0))).mean().item() for k in (0., .25, .5, .75, 1.)]
     assert means[1] < means[0] - .5 and means[2] < means[1] + .2 and max(means[2:]) < 2.6, 'once little is left, a rating of about 2 stays'
 
 @pytest.mark.parametrize('kind', CORRUPTIONS)
-def test_labels_fall_however_a_clip_is_spoiled(vivid, kind):
+def test_labels_fall_however_a_clip_is_corrupted(vivid, kind):
     seen = lambda k: rate(corrupt(vivid, kind, torch.full((48,), k), make_generator(0)))
     means = [label(rate(vivid), seen(k), torch.full((48,), k)).mean().item() for k in (0., .25, .5, 1.)]
     assert means[1] < means[0] - 1 and means[2] < means[1] + .2 and means[3] < 2.2
 
 @pytest.mark.parametrize('kind', CORRUPTIONS)
-def test_spoiling(vivid, kind):
+def test_corruptions(vivid, kind):
     x, k = vivid[:6], torch.linspace(0, 1, 6)
     y = corrupt(x, kind, k, make_generator(1))
     assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1 and torch.equal(y, corrupt(x, kind, k, make_generator(1)))
@@ -303,7 +303,7 @@ s2 = scenes(2, 0)
     (lambda: draw(s2, 0), '0 frames'),
     (lambda: draw(s2, -2), '-2 frames'),
     (lambda: draw(s2, torch.tensor([])), '0 frames'),
-    (lambda: corrupt(draw(s2, 1), 'rust', torch.ones(2), make_generator(0)), "spoil 'rust'.*noise"),
+    (lambda: corrupt(draw(s2, 1), 'rust', torch.ones(2), make_generator(0)), "corruption 'rust'.*noise"),
     (lambda: prompts('animals'), "prompt set 'animals'.*activities"),
     (lambda: prompts('books', 'validation'), "split 'validation'.*'train' or 'test'"),
     (lambda: parse('a dog riding a bike'), "'a dog riding a bike' names no animal.*panda"),
