@@ -3,11 +3,13 @@ import subprocess, sys
 from pkgutil import resolve_name
 
 import pytest, torch
+from diffusers import UNet2DModel
 from huggingface_hub import constants
 from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from vader_nb.core import VaderError, read_json
-from vader_nb.zoo import CHECKPOINTS, MODELS, REWARDS, Checkpoint, card, load_model, load_reward, model_path, parameters
+from vader_nb.zoo import CHECKPOINTS, MODELS, REWARDS, Checkpoint, card, load_model, load_net, load_reward, model_path, parameters
 
 here = [k for k, c in CHECKPOINTS.items() if c.small and (model_path('clip').parent/c.small).is_dir()]
 root = model_path('clip').parent
@@ -21,7 +23,7 @@ def test_small_weights_lie_in_the_package():
     assert model_path('vae') == model_path('modelscope')/'vae'
 
 @pytest.mark.parametrize('call,says', [
-    (lambda: model_path('dalle'), "unknown checkpoint 'dalle': use one of modelscope, vae, clip"),
+    (lambda: model_path('dalle'), "unknown checkpoint 'dalle': use one of modelscope, vae, videocrafter"),
     (lambda: model_path('clip', 'huge'), "unknown scale 'huge': use 'small' or 'full'"),
     (lambda: model_path('vae', 'full'), "vae exists only at the small scale: use scale='small'"),
     (lambda: card('dalle'), 'unknown checkpoint'),
@@ -54,11 +56,11 @@ def test_full_weights_are_fetched_by_name(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr('huggingface_hub.snapshot_download', lambda hub, allow_patterns: asked.update(hub=hub, files=allow_patterns) or str(tmp_path))
     assert model_path('modelscope', 'full') == tmp_path
-    assert asked == dict(hub='ali-vilab/text-to-video-ms-1.7b', files=list(CHECKPOINTS['modelscope'].files))
+    assert asked == dict(hub='ali-vilab/text-to-video-ms-1.7b', files=CHECKPOINTS['modelscope'].files.split())
 
 def test_every_full_checkpoint_says_what_it_takes():
     for c in CHECKPOINTS.values(): assert c.about and (not c.hub or (c.files and c.size and c.licence))
-    assert not [f for c in CHECKPOINTS.values() for f in c.files if f.endswith('.py')], 'code from a hub is never run'
+    assert not [f for c in CHECKPOINTS.values() for f in c.files.split() if f.endswith('.py')], 'code from a hub is never run'
 
 # What the package ships
 
@@ -118,10 +120,41 @@ def test_names_lead_to_their_own_loaders():
     assert resolve_name(REWARDS['hps21']) is load_hps21
 
 def test_unknown_names_are_refused():
-    with pytest.raises(VaderError, match="unknown base model 'sora': use one of modelscope, videocrafter, opensora, svd, wan"): load_model('sora')
+    with pytest.raises(VaderError, match="unknown base model 'kling': use one of modelscope, videocrafter, opensora, svd, wan"): load_model('kling')
     with pytest.raises(VaderError, match="unknown reward 'beauty': use one of aesthetic, hps"): load_reward('beauty')
+    with pytest.raises(VaderError, match="unknown base model 'modlscope', did you mean 'modelscope'"): load_model('modlscope')
     with pytest.raises(VaderError, match='wan exists only at the full scale'): load_model('wan')
 
 def test_the_tables_import_nothing():
     run = 'import sys, vader_nb.zoo as z; print([m for m in sys.modules if m.startswith(("vader_nb.models", "vader_nb.rewards", "diffusers", "transformers"))])'
     assert subprocess.check_output([sys.executable, '-c', run], text=True).strip() == '[]'
+
+def test_a_new_base_needs_one_line(tmp_path, monkeypatch):
+    (tmp_path/'my_base.py').write_text("def load_mine(scale, device, **options): return scale, device, options")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MODELS, 'mine', 'my_base:load_mine')
+    assert load_model('mine', 'full', 'cpu', dtype='bf16') == ('full', 'cpu', dict(dtype='bf16'))
+
+# Reading weights
+
+def tiny_unet():
+    config = UNet2DModel(4, 3, 3, block_out_channels=(8, 8), down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2, norm_num_groups=4)
+    return config.eval()
+
+def tiny_clip():
+    return CLIPTextModel(CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=99)).eval()
+
+@pytest.mark.parametrize('make', [tiny_unet, tiny_clip])
+@pytest.mark.parametrize('how', [{}, dict(variant='fp16'), dict(max_shard_size='20KB'), dict(variant='fp16', max_shard_size='20KB')])
+def test_whole_and_sharded_files_marked_fp16_or_not(make, how, tmp_path):
+    net = make()
+    net.save_pretrained(tmp_path, **how)
+    assert (len(list(tmp_path.glob('*.safetensors'))) > 1) == ('max_shard_size' in how)
+    again = load_net(type(net), tmp_path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+
+def test_a_missing_shard_is_named(tmp_path):
+    tiny_unet().save_pretrained(tmp_path, variant='fp16', max_shard_size='20KB')
+    next(tmp_path.glob('*00002-of*')).unlink()
+    with pytest.raises(VaderError, match='no usable UNet2DModel in') as e: load_net(UNet2DModel, tmp_path)
+    assert '\n' not in str(e.value)
