@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import saved_bytes
-from vader_nb.diffusion.rollout import differentiable_latents, eval_mode, last, rollout, sample, truncate
+from vader_nb.diffusion.rollout import differentiable_latents, eval_mode, last, rollout, sample
 from vader_nb.diffusion.samplers import sampler_from_config
 from vader_nb.models.base import VideoModel
 
@@ -54,7 +54,7 @@ def algorithm_1(model, cond, x, sampler, K, g):
         i = len(sampler) - t
         noise = torch.randn(x.shape, generator=g).to(x) if sampler.stochastic else None
         pred = model.predict(sampler.scale_input(x, i), sampler.timesteps[i], cond, GUIDANCE)
-        if t > K: pred = truncate(pred)
+        if t > K: pred = pred.detach()
         prev = sampler.step(i, x, pred, noise, prev)
         x = prev.x
     return x

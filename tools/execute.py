@@ -26,7 +26,7 @@ class Client(NotebookClient):
 def execute(path):
     "Run one notebook in its own folder and write it back with its outputs."
     nb = nbformat.read(path, 4)
-    Client(nb, timeout=1800, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    Client(nb, timeout=1800, kernel_name='python3', coalesce_streams=True, resources={'metadata': {'path': str(path.parent)}}).execute()
     nbformat.write(nb, path)
     nbdev_clean(str(path))
 
