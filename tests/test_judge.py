@@ -1,7 +1,7 @@
 "Judges: shapes at any size and length, what is asked and what is not, errors, and that the trained one sees what is there."
 import pytest, torch
 
-from vader_nb.world import judge as evaluate
+from vader_nb.world import judge as judging
 from vader_nb.core import VaderError, make_generator
 from vader_nb.world.judge import QUESTIONS, Judge, judge_clips, judge_means, load_judge
 from vader_nb.world.captions import captions, parse
@@ -80,7 +80,7 @@ def test_a_damaged_judge_is_named(damage, tmp_path, monkeypatch):
     file = tmp_path/'model.safetensors'
     save_file({'weight': torch.zeros(3)}, file)
     if damage == 'cut': file.write_bytes(file.read_bytes()[:20])
-    monkeypatch.setattr(evaluate, 'model_path', lambda name: tmp_path)
+    monkeypatch.setattr(judging, 'model_path', lambda name: tmp_path)
     load_judge.cache_clear()
     with pytest.raises(VaderError, match='is not the judge.*install the package again') as e: load_judge()
     assert '\n' not in str(e.value)
