@@ -15,177 +15,188 @@ from ..core import check
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #f78b29a7
 def linear_betas(
-    start: float = 1e-4, # first beta
-    end: float = .02,    # last beta
-    n: int = 1000,       # number of training timesteps
-) -> Tensor: # (n,)
+    start: float = 1e-4,  # first beta
+    end: float = 0.02,    # last beta
+    n: int = 1000,        # number of training timesteps
+) -> Tensor:  # (n,)
     "Evenly spaced noise rates, the schedule of DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239))."
     return torch.linspace(start, end, n)
 
 
 def scaled_linear_betas(
-    start: float = .00085, # first beta
-    end: float = .012,     # last beta
-    n: int = 1000,         # number of training timesteps
-) -> Tensor: # (n,)
-    "Noise rates whose square roots are evenly spaced, the schedule of latent diffusion ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752))."
-    return torch.linspace(start**.5, end**.5, n) ** 2
+    start: float = 0.00085,  # first beta
+    end: float = 0.012,      # last beta
+    n: int = 1000,           # number of training timesteps
+) -> Tensor:  # (n,)
+    """Noise rates whose square roots are evenly spaced, the schedule of latent diffusion ([Rombach et al.
+    2022](https://arxiv.org/abs/2112.10752)).
+    """
+    return torch.linspace(start**0.5, end**0.5, n) ** 2
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #f7a8d6d6
 def alpha_bars(
-    betas: Tensor, # (n,) noise rates
-) -> Tensor: # (n,) share of signal variance left at each timestep, falling from almost 1 towards 0
+    betas: Tensor,  # (n,) noise rates
+) -> Tensor:  # (n,) share of signal variance left at each timestep, falling from almost 1 towards 0
     "The table of alpha-bar: the running product of `1 - betas`."
     return (1 - betas).cumprod(0)
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #75add636
 def add_noise(
-    x0: Tensor,      # clean data, any shape
-    eps: Tensor,     # unit Gaussian noise, same shape
-    a: Tensor|float, # alpha-bar at the wanted timestep, broadcastable to `x0`
-) -> Tensor: # noisy data
+    x0: Tensor,         # clean data, any shape
+    eps: Tensor,        # unit Gaussian noise, same shape
+    a: Tensor | float,  # alpha-bar at the wanted timestep, broadcastable to `x0`
+) -> Tensor:  # noisy data
     "Equation 1: mix clean data with noise."
-    return a**.5 * x0 + (1 - a)**.5 * eps
+    return a**0.5 * x0 + (1 - a) ** 0.5 * eps
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #20c765e2
 def per_sample(
-    table: Tensor, # (n,) one number per timestep
-    t: Tensor,     # (b,) timesteps
-    x: Tensor,     # (b, ...) what the numbers will meet
-) -> Tensor: # (b, 1, ..., 1)
+    table: Tensor,  # (n,) one number per timestep
+    t: Tensor,      # (b,) timesteps
+    x: Tensor,      # (b, ...) what the numbers will meet
+) -> Tensor:  # (b, 1, ..., 1)
     "The table's entry for each sample's timestep, shaped to broadcast against `x`."
     return table.to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #d29ba884
 def x0_from_eps(
-    x_t: Tensor,     # noisy data
-    eps: Tensor,     # the noise in it
-    a: Tensor|float, # alpha-bar
-) -> Tensor: # clean data
+    x_t: Tensor,        # noisy data
+    eps: Tensor,        # the noise in it
+    a: Tensor | float,  # alpha-bar
+) -> Tensor:  # clean data
     "Solve equation 1 for the clean data."
-    return (x_t - (1 - a)**.5 * eps) / a**.5
+    return (x_t - (1 - a) ** 0.5 * eps) / a**0.5
 
 
 def eps_from_x0(
-    x_t: Tensor,     # noisy data
-    x0: Tensor,      # the clean data in it
-    a: Tensor|float, # alpha-bar, below 1
-) -> Tensor: # noise
+    x_t: Tensor,        # noisy data
+    x0: Tensor,         # the clean data in it
+    a: Tensor | float,  # alpha-bar, below 1
+) -> Tensor:  # noise
     "Solve equation 1 for the noise."
-    return (x_t - a**.5 * x0) / (1 - a)**.5
+    return (x_t - a**0.5 * x0) / (1 - a) ** 0.5
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #8bfecc61
 def v_target(
-    x0: Tensor,      # clean data
-    eps: Tensor,     # unit Gaussian noise
-    a: Tensor|float, # alpha-bar
-) -> Tensor: # velocity
+    x0: Tensor,         # clean data
+    eps: Tensor,        # unit Gaussian noise
+    a: Tensor | float,  # alpha-bar
+) -> Tensor:  # velocity
     "What a v-prediction network learns: the direction of travel on the circle from data to noise."
-    return a**.5 * eps - (1 - a)**.5 * x0
+    return a**0.5 * eps - (1 - a) ** 0.5 * x0
 
 
 def x0_from_v(
-    x_t: Tensor,     # noisy data
-    v: Tensor,       # velocity
-    a: Tensor|float, # alpha-bar
-) -> Tensor: # clean data
+    x_t: Tensor,        # noisy data
+    v: Tensor,          # velocity
+    a: Tensor | float,  # alpha-bar
+) -> Tensor:  # clean data
     "Turn back along the circle to the clean data."
-    return a**.5 * x_t - (1 - a)**.5 * v
+    return a**0.5 * x_t - (1 - a) ** 0.5 * v
 
 
 def eps_from_v(
-    x_t: Tensor,     # noisy data
-    v: Tensor,       # velocity
-    a: Tensor|float, # alpha-bar
-) -> Tensor: # noise
+    x_t: Tensor,        # noisy data
+    v: Tensor,          # velocity
+    a: Tensor | float,  # alpha-bar
+) -> Tensor:  # noise
     "Turn on along the circle to the pure noise."
-    return a**.5 * v + (1 - a)**.5 * x_t
+    return a**0.5 * v + (1 - a) ** 0.5 * x_t
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #9f2a37f9
 def to_x0_eps(
-    x_t: Tensor,     # noisy data
-    pred: Tensor,    # what the network said
-    a: Tensor|float, # alpha-bar
-    prediction: str, # 'epsilon', 'v_prediction' or 'sample': what it means
-) -> tuple: # (clean data, noise)
+    x_t: Tensor,        # noisy data
+    pred: Tensor,       # what the network said
+    a: Tensor | float,  # alpha-bar
+    prediction: str,    # 'epsilon', 'v_prediction' or 'sample': what it means
+) -> tuple:  # (clean data, noise)
     "Clean data and noise from any of the three predictions. Raises `VaderError` for another word."
-    check(prediction in ('epsilon', 'v_prediction', 'sample'), f"prediction is {prediction!r}; it must be 'epsilon', 'v_prediction' or 'sample'")
-    if prediction == 'epsilon': return x0_from_eps(x_t, pred, a), pred
-    if prediction == 'v_prediction': return x0_from_v(x_t, pred, a), eps_from_v(x_t, pred, a)
+    check(
+        prediction in ('epsilon', 'v_prediction', 'sample'),
+        f"prediction is {prediction!r}; it must be 'epsilon', 'v_prediction' or 'sample'",
+    )
+    if prediction == 'epsilon':
+        return x0_from_eps(x_t, pred, a), pred
+    if prediction == 'v_prediction':
+        return x0_from_v(x_t, pred, a), eps_from_v(x_t, pred, a)
     return pred, eps_from_x0(x_t, pred, a)
 
 
 def prediction_target(
-    x0: Tensor,      # clean data
-    eps: Tensor,     # unit Gaussian noise
-    a: Tensor|float, # alpha-bar
-    prediction: str, # 'epsilon', 'v_prediction' or 'sample'
+    x0: Tensor,         # clean data
+    eps: Tensor,        # unit Gaussian noise
+    a: Tensor | float,  # alpha-bar
+    prediction: str,    # 'epsilon', 'v_prediction' or 'sample'
 ) -> Tensor:
     "What the network should say: the inverse of `to_x0_eps`. Raises `VaderError` for another word."
-    check(prediction in ('epsilon', 'v_prediction', 'sample'), f"prediction is {prediction!r}; it must be 'epsilon', 'v_prediction' or 'sample'")
-    if prediction == 'v_prediction': return v_target(x0, eps, a)
+    check(
+        prediction in ('epsilon', 'v_prediction', 'sample'),
+        f"prediction is {prediction!r}; it must be 'epsilon', 'v_prediction' or 'sample'",
+    )
+    if prediction == 'v_prediction':
+        return v_target(x0, eps, a)
     return eps if prediction == 'epsilon' else x0
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #089df7fa
 def denoising_loss(
-    denoise,         # x_t -> prediction; timestep and condition are already bound
-    x0: Tensor,      # (b, ...) clean data
-    a: Tensor|float, # alpha-bar, broadcastable to `x0`
-    eps: Tensor,     # noise, same shape as `x0`
-    prediction: str = 'epsilon', # what `denoise` returns: 'epsilon', 'v_prediction' or 'sample'
-) -> Tensor: # scalar
+    denoise,                      # x_t -> prediction; timestep and condition are already bound
+    x0: Tensor,                   # (b, ...) clean data
+    a: Tensor | float,            # alpha-bar, broadcastable to `x0`
+    eps: Tensor,                  # noise, same shape as `x0`
+    prediction: str = 'epsilon',  # what `denoise` returns: 'epsilon', 'v_prediction' or 'sample'
+) -> Tensor:  # scalar
     "Equation 2: mean squared error between what the network predicts and what was mixed in."
     return F.mse_loss(denoise(add_noise(x0, eps, a)).float(), prediction_target(x0, eps, a, prediction).float())
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #97496720
 def mixture_x0(
-    x_t: Tensor,     # (b, d) noisy points
-    a: Tensor|float, # alpha-bar, one number
-    centers: Tensor, # (k, d) centres of equally likely Gaussians
-    std: float,      # their common standard deviation
-) -> Tensor: # (b, d)
+    x_t: Tensor,        # (b, d) noisy points
+    a: Tensor | float,  # alpha-bar, one number
+    centers: Tensor,    # (k, d) centres of equally likely Gaussians
+    std: float,         # their common standard deviation
+) -> Tensor:  # (b, d)
     "The optimal denoiser of a mixture of Gaussians: the mean of the clean data given the noisy point, in closed form."
-    offset = x_t[:, None] - a**.5 * centers
+    offset = x_t[:, None] - a**0.5 * centers
     var = a * std**2 + 1 - a
     weights = (-offset.square().sum(-1, keepdim=True) / (2 * var)).softmax(1)
-    return (weights * (centers + a**.5 * std**2 / var * offset)).sum(1)
+    return (weights * (centers + a**0.5 * std**2 / var * offset)).sum(1)
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #f2fb3bda
 def sigma_from_a(
-    a: Tensor|float, # alpha-bar
-) -> Tensor|float:
+    a: Tensor | float,  # alpha-bar
+) -> Tensor | float:
     "EDM's noise level: noise over signal, 0 for clean data."
-    return ((1 - a) / a)**.5
+    return ((1 - a) / a) ** 0.5
 
 
 def a_from_sigma(
-    sigma: Tensor|float, # EDM's noise level
-) -> Tensor|float:
+    sigma: Tensor | float,  # EDM's noise level
+) -> Tensor | float:
     "Alpha-bar of an EDM noise level; its square root is also the input scale c_in."
     return 1 / (sigma**2 + 1)
 
 # %% ../../nbs/2_diffusion/00_schedules.ipynb #3105df0b
 def flow_mix(
-    x0: Tensor,          # clean data
-    eps: Tensor,         # unit Gaussian noise
-    sigma: Tensor|float, # place on the line, 0 (data) to 1 (noise)
+    x0: Tensor,             # clean data
+    eps: Tensor,            # unit Gaussian noise
+    sigma: Tensor | float,  # place on the line, 0 (data) to 1 (noise)
 ) -> Tensor:
     "Rectified flow's noising: a straight line from data to noise."
     return (1 - sigma) * x0 + sigma * eps
 
 
 def flow_target(
-    x0: Tensor,  # clean data
-    eps: Tensor, # unit Gaussian noise
+    x0: Tensor,   # clean data
+    eps: Tensor,  # unit Gaussian noise
 ) -> Tensor:
     "The velocity of that line, which a rectified-flow network learns (towards the noise, as in diffusers)."
     return eps - x0
 
 
 def x0_from_flow(
-    x: Tensor,           # noisy data on the line
-    u: Tensor,           # velocity
-    sigma: Tensor|float, # place on the line, 0 to 1
+    x: Tensor,              # noisy data on the line
+    u: Tensor,              # velocity
+    sigma: Tensor | float,  # place on the line, 0 to 1
 ) -> Tensor:
     "Walk the line back to the clean data."
     return x - sigma * u

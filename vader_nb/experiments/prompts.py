@@ -14,19 +14,31 @@ from ..core import VaderError, check, read_json
 from ..world.captions import a_or_an, prompts as world_prompts
 
 # %% ../../nbs/8_results/00_prompts.ipynb #c05f203b
-ACTIONS = '''a man rowing a boat across a lake; a woman painting a wall; a child flying a kite; two girls dancing in the rain; an old man reading a newspaper
-a chef cutting onions; a boy throwing a ball; a woman playing the violin; a farmer driving a tractor; a surfer on a big wave
-a girl blowing out candles; a man chopping wood; a couple walking along a beach; a nurse drinking coffee; a boy jumping into a pool
-a skier racing downhill; a woman watering flowers; a man shaving in front of a mirror; a group of people climbing a mountain; a drummer on a stage
-a teacher writing on a blackboard; a woman kneading dough; a knight swinging a sword; a ballerina turning on one foot; a man juggling oranges
-a fisherman pulling in a net; a girl feeding ducks; a mechanic repairing a car; a boy building a sandcastle; a potter shaping a vase
-a dog chasing a stick; a cat climbing a tree; a horse galloping through snow; a bird landing on a branch; an eagle catching a fish
-a bear catching salmon; a lion yawning; an elephant spraying water; a squirrel eating a nut; a monkey swinging from a rope
-a train crossing a bridge; a rocket taking off; a ship sailing in a storm; a hot-air balloon rising; a car driving through a desert
-a robot watering a plant; an astronaut floating in space; a snowman melting in the sun; a candle burning in the dark; leaves falling in autumn'''.replace('\n', '; ').split('; ')
+ACTIONS = [
+    'a man rowing a boat across a lake', 'a woman painting a wall', 'a child flying a kite',
+    'two girls dancing in the rain', 'an old man reading a newspaper', 'a chef cutting onions',
+    'a boy throwing a ball', 'a woman playing the violin', 'a farmer driving a tractor', 'a surfer on a big wave',
+    'a girl blowing out candles', 'a man chopping wood', 'a couple walking along a beach', 'a nurse drinking coffee',
+    'a boy jumping into a pool', 'a skier racing downhill', 'a woman watering flowers',
+    'a man shaving in front of a mirror', 'a group of people climbing a mountain', 'a drummer on a stage',
+    'a teacher writing on a blackboard', 'a woman kneading dough', 'a knight swinging a sword',
+    'a ballerina turning on one foot', 'a man juggling oranges', 'a fisherman pulling in a net',
+    'a girl feeding ducks', 'a mechanic repairing a car', 'a boy building a sandcastle', 'a potter shaping a vase',
+    'a dog chasing a stick', 'a cat climbing a tree', 'a horse galloping through snow', 'a bird landing on a branch',
+    'an eagle catching a fish', 'a bear catching salmon', 'a lion yawning', 'an elephant spraying water',
+    'a squirrel eating a nut', 'a monkey swinging from a rope', 'a train crossing a bridge', 'a rocket taking off',
+    'a ship sailing in a storm', 'a hot-air balloon rising', 'a car driving through a desert',
+    'a robot watering a plant', 'an astronaut floating in space', 'a snowman melting in the sun',
+    'a candle burning in the dark', 'leaves falling in autumn',
+]
 
 # %% ../../nbs/8_results/00_prompts.ipynb #1364c3ca
-NO_ACTION = set('anything bedding beijing being building ceiling clothing during evening everything king lighting living morning nothing painting railing ring something spring string thing wedding wing'.split())
+NO_ACTION = {
+    'anything', 'bedding', 'beijing', 'being', 'building', 'ceiling', 'clothing', 'during', 'evening', 'everything',
+    'king', 'lighting', 'living', 'morning', 'nothing', 'painting', 'railing', 'ring', 'something', 'spring',
+    'string', 'thing', 'wedding', 'wing',
+}
+
 
 def is_action(
     prompt,
@@ -36,26 +48,45 @@ def is_action(
     words = prompt.lower().replace(',', ' ').rstrip('.').split()
     return 4 <= len(words) <= longest and any(w.endswith('ing') and w not in NO_ACTION for w in words[1:])
 
+
 def hps_actions(
     n=50,           # how many at most
     style='photo',  # of HPSv2's four: anime, concept-art, paintings, photo
 ):
-    "Action sentences of HPSv2's benchmark (the hub's zhwang/HPDv2), in its order. Raises `VaderError` where the hub cannot be reached."
+    """Action sentences of HPSv2's benchmark (the hub's zhwang/HPDv2), in its order. Raises `VaderError` where the hub
+    cannot be reached.
+    """
     from huggingface_hub import hf_hub_download
-    try: path = hf_hub_download('zhwang/HPDv2', f'benchmark/{style}.json', repo_type='dataset')
-    except Exception as e: raise VaderError(f'the prompts of HPSv2 cannot be fetched ({type(e).__name__}): connect to the hub, or use our own list, ACTIONS') from e
+
+    try:
+        path = hf_hub_download('zhwang/HPDv2', f'benchmark/{style}.json', repo_type='dataset')
+    except Exception as e:
+        raise VaderError(
+            f'the prompts of HPSv2 cannot be fetched ({type(e).__name__}): connect to the hub, or use our own list, '
+            'ACTIONS'
+        ) from e
     return [p.strip() for p in read_json(path) if is_action(p)][:n]
 
 # %% ../../nbs/8_results/00_prompts.ipynb #f06e9b63
-KINETICS_LABELS = '''playing piano; playing guitar; playing violin; playing cello; playing drums; playing chess; playing cards; playing badminton; playing tennis; playing basketball
-eating doughnuts; eating watermelon; eating spaghetti; eating burger; eating ice cream; drinking beer; flipping pancake; making pizza; washing dishes; cutting pineapple
-riding a bike; riding scooter; riding camel; riding unicycle; skateboarding; jogging; dancing ballet; juggling balls; jumping into pool; climbing tree
-chopping wood; shoveling snow; flying kite; throwing discus; doing aerobics; blowing out candles; reading book; writing; spray painting; watering plants'''.replace('\n', '; ').split('; ')
+KINETICS_LABELS = [
+    'playing piano', 'playing guitar', 'playing violin', 'playing cello', 'playing drums', 'playing chess',
+    'playing cards', 'playing badminton', 'playing tennis', 'playing basketball', 'eating doughnuts',
+    'eating watermelon', 'eating spaghetti', 'eating burger', 'eating ice cream', 'drinking beer', 'flipping pancake',
+    'making pizza', 'washing dishes', 'cutting pineapple', 'riding a bike', 'riding scooter', 'riding camel',
+    'riding unicycle', 'skateboarding', 'jogging', 'dancing ballet', 'juggling balls', 'jumping into pool',
+    'climbing tree', 'chopping wood', 'shoveling snow', 'flying kite', 'throwing discus', 'doing aerobics',
+    'blowing out candles', 'reading book', 'writing', 'spray painting', 'watering plants',
+]
 
 # %% ../../nbs/8_results/00_prompts.ipynb #b9af4080
-COMMON_ANIMALS = '''cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly fish shark whale
-dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo'''.split()
+COMMON_ANIMALS = [
+    'cat', 'dog', 'horse', 'monkey', 'rabbit', 'zebra', 'spider', 'bird', 'sheep', 'deer', 'cow', 'goat', 'lion',
+    'tiger', 'bear', 'raccoon', 'fox', 'wolf', 'lizard', 'beetle', 'ant', 'butterfly', 'fish', 'shark', 'whale',
+    'dolphin', 'squirrel', 'mouse', 'rat', 'snake', 'turtle', 'frog', 'chicken', 'duck', 'goose', 'bee', 'pig',
+    'turkey', 'fly', 'llama', 'camel', 'bat', 'gorilla', 'hedgehog', 'kangaroo',
+]
 TEST_ACTIVITIES = ['riding a bike', 'playing chess', 'washing dishes']
+
 
 def activity_prompts():
     "A held-out prompt for each of the 45 animals, with the three activities in turn."
@@ -73,14 +104,17 @@ def action_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
     "Actions to train on and unseen activities to test on."
-    if scale == 'full': return ACTIONS, activity_prompts()
+    if scale == 'full':
+        return ACTIONS, activity_prompts()
     return [spread(world_prompts('activities', split)) for split in ('train', 'test')]
+
 
 def hat_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
     "The same at full scale; at small scale each also with a hat, which the small base model often forgets."
-    if scale == 'full': return action_prompts(scale)
+    if scale == 'full':
+        return action_prompts(scale)
     hats = [spread(world_prompts('hats', split)) for split in ('train', 'test')]
     return [[p for pair in zip(*both) for p in pair] for both in zip(hats, action_prompts(scale))]
 
@@ -89,14 +123,20 @@ def animal_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
     "The three activities; the animals of the test are unseen."
-    if scale == 'small': return action_prompts(scale)
-    return [[f'{a_or_an(a)} {doing}' for a in animals for doing in TEST_ACTIVITIES] for animals in (COMMON_ANIMALS[:33], COMMON_ANIMALS[33:])]
+    if scale == 'small':
+        return action_prompts(scale)
+    return [
+        [f'{a_or_an(a)} {doing}' for a in animals for doing in TEST_ACTIVITIES]
+        for animals in (COMMON_ANIMALS[:33], COMMON_ANIMALS[33:])
+    ]
+
 
 def book_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
     "Activities next to a book."
-    if scale == 'small': return [spread(world_prompts('books', split)) for split in ('train', 'test')]
+    if scale == 'small':
+        return [spread(world_prompts('books', split)) for split in ('train', 'test')]
     return [[f'{p} next to a book' for p in split] for split in animal_prompts(scale)]
 
 # %% ../../nbs/8_results/00_prompts.ipynb #84a53bf0
@@ -104,16 +144,27 @@ def label_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
     "Someone doing what a class of Kinetics says; at small scale animals at the two look-alike actions."
-    if scale == 'small': return [world_prompts('lookalike', split) for split in ('train', 'test')]
+    if scale == 'small':
+        return [world_prompts('lookalike', split) for split in ('train', 'test')]
     labels = [f'{who} {label}' for label in KINETICS_LABELS for who in ('a man', 'a woman')]
     return [p for i, p in enumerate(labels) if i % 10 < 8], [p for i, p in enumerate(labels) if i % 10 >= 8]
+
 
 def creative_prompts(
     scale,  # 'small' or 'full'
 ):  # -> training prompts, held-out prompts
     "Dressed animals and animals with instruments; at small scale animals with a hat and without."
-    if scale == 'small': return hat_prompts(scale)
-    odd = [f'{a_or_an(a)} {doing}' for a in COMMON_ANIMALS for doing in ('wearing a red hat and reading a book', 'playing the violin on a stage', 'in a raincoat beside a cup of tea')]
+    if scale == 'small':
+        return hat_prompts(scale)
+    odd = [
+        f'{a_or_an(a)} {doing}'
+        for a in COMMON_ANIMALS
+        for doing in (
+            'wearing a red hat and reading a book',
+            'playing the violin on a stage',
+            'in a raincoat beside a cup of tea',
+        )
+    ]
     return odd[:99], odd[99:]
 
 # %% ../../nbs/8_results/00_prompts.ipynb #3470f264
@@ -122,9 +173,11 @@ def asked_often(
     n,        # how many clips of each held-out prompt
 ):  # -> such a function
     "The same, each held-out prompt `n` times at small scale, each time from another noise."
+
     def often(scale):
         train, tests = prompts(scale)
         return train, tests * (n if scale == 'small' else 1)
+
     return often
 
 # %% ../../nbs/8_results/00_prompts.ipynb #94415289
@@ -136,10 +189,14 @@ def image_files(
     check(files, f'no PNG, JPEG or WebP file in {folder}: put start images there')
     return files
 
+
 def dog_images(
     scale,  # 'small' or 'full'
 ):  # -> names of start images to train on, and held-out ones
     "Labradors to train on and malteses to test on, or the user's own folders at full scale."
     own = os.environ.get('VADER_IMAGES') if scale == 'full' else None
-    if own: return [image_files(Path(own)/split) for split in ('train', 'test')]
-    return [[f'a {dog} {doing} ({i})' for i in range(5) for doing in TEST_ACTIVITIES] for dog in ('labrador', 'maltese')]
+    if own:
+        return [image_files(Path(own) / split) for split in ('train', 'test')]
+    return [
+        [f'a {dog} {doing} ({i})' for i in range(5) for doing in TEST_ACTIVITIES] for dog in ('labrador', 'maltese')
+    ]

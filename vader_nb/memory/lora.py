@@ -13,93 +13,121 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..core import VaderError, atomic_path, check, reason
 
 # %% ../../nbs/4_method/01_lora.ipynb #19a1d46b
-def saved_bytes(fn,      # a function without arguments that runs a forward pass and returns its result
-                *modules # their weights are not counted
-                ):
+def saved_bytes(
+    fn,        # a function without arguments that runs a forward pass and returns its result
+    *modules,  # their weights are not counted
+):
     "Bytes of the tensors that autograd saves for the backward pass of `fn()`."
     own = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
     seen = {}
+
     def pack(t):
         s = t.untyped_storage()
-        if s.data_ptr() not in own: seen[s.data_ptr()] = s.nbytes()
+        if s.data_ptr() not in own:
+            seen[s.data_ptr()] = s.nbytes()
         return t
-    with saved_tensors_hooks(pack, lambda t: t): kept = fn() # the graph must live while we count
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        _ = fn()  # the graph must live while we count
     return sum(seen.values())
 
 # %% ../../nbs/4_method/01_lora.ipynb #a34edc05
-def add_lora(model,        # a `VideoModel`; its denoiser is wrapped in place
-             rank=8,       # inner dimension of the adapters
-             alpha=8,      # the update is scaled by alpha / rank
-             targets=None, # endings of layer names; by default the model's own `lora_targets`
-             seed=0        # for the first matrix; the second starts at zero
-             ):
+def add_lora(
+    model,         # a `VideoModel`; its denoiser is wrapped in place
+    rank=8,        # inner dimension of the adapters
+    alpha=8,       # the update is scaled by alpha / rank
+    targets=None,  # endings of layer names; by default the model's own `lora_targets`
+    seed=0,        # for the first matrix; the second starts at zero
+):
     "Freeze the denoiser, put LoRA beside its `targets`; returns the list of trainable parameters."
     from peft import LoraConfig
-    targets, names = list(targets or model.lora_targets), [f'.{n}' for n, _ in model.denoiser.named_modules()]
+
+    targets = list(targets or model.lora_targets)
+    names = [f'.{n}' for n, _ in model.denoiser.named_modules()]
     check(rank > 0 and alpha > 0, f'rank and alpha must be positive, not {rank} and {alpha}')
     check(not _is_tuned(model), f'{model.name} already has an adapter')
-    for t in targets: check(any(n.endswith(f'.{t}') for n in names), f'{model.name} has no layer whose name ends in {t!r}')
+    for t in targets:
+        check(any(n.endswith(f'.{t}') for n in names), f'{model.name} has no layer whose name ends in {t!r}')
     return _wrap(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), seed)
 
-def _is_tuned(model): return hasattr(model.denoiser, 'peft_config')
+
+def _is_tuned(model):
+    return hasattr(model.denoiser, 'peft_config')
+
 
 def _wrap(model, config, seed=0):
     "Put the adapter that `config` describes on the denoiser, which stays in eval mode if it was."
     from peft import get_peft_model
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.denoiser = get_peft_model(model.denoiser, config).train(model.denoiser.training)
     return lora_parameters(model)
 
-def lora_parameters(model # a `VideoModel`
-                    ):
+
+def lora_parameters(
+    model,  # a `VideoModel`
+):
     "The parameters of the denoiser that learn."
     return [p for p in model.denoiser.parameters() if p.requires_grad]
 
 # %% ../../nbs/4_method/01_lora.ipynb #931dc91c
 @contextmanager
-def lora_off(model # a `VideoModel` with LoRA
-             ):
+def lora_off(
+    model,  # a `VideoModel` with LoRA
+):
     "Inside, `model` is the pretrained one again."
-    with model.denoiser.disable_adapter(): yield model
+    with model.denoiser.disable_adapter():
+        yield model
 
 # %% ../../nbs/4_method/01_lora.ipynb #4be66399
 def _read_lora(folder):
     "Config and weights of a saved adapter; raises `VaderError` if either is missing or damaged."
     from peft import LoraConfig
     from safetensors.torch import load_file
+
     try:
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = False
         check(config.target_modules, 'the config names no target_modules')
-        return config, load_file(folder/'adapter_model.safetensors')
+        return config, load_file(folder / 'adapter_model.safetensors')
     except Exception as e:
-        raise VaderError(f'{folder} holds no whole LoRA (adapter_config.json, adapter_model.safetensors): {reason(e)}') from e
+        raise VaderError(
+            f'{folder} holds no whole LoRA (adapter_config.json, adapter_model.safetensors): {reason(e)}'
+        ) from e
+
 
 def _check_fit(model, weights, folder):
     "Raise `VaderError` unless each matrix A in `weights` belongs beside a layer of the denoiser with as many inputs."
     layers = dict(model.denoiser.named_modules())
     for key, w in weights.items():
         layer = layers.get(key.removeprefix('base_model.model.').split('.lora_')[0])
-        fits = layer is not None and (w.shape[1] == layer.weight.shape[1] if 'lora_A' in key else w.shape[0] == layer.weight.shape[0])
+        fits = layer is not None and (
+            w.shape[1] == layer.weight.shape[1] if 'lora_A' in key else w.shape[0] == layer.weight.shape[0]
+        )
         check(fits, f'{folder} is a LoRA for another network than {model.name}: {key} has no place there')
 
 # %% ../../nbs/4_method/01_lora.ipynb #2e16cce1
-def save_lora(model, # a `VideoModel` with LoRA
-              folder # receives adapter_model.safetensors and adapter_config.json
-              ):
+def save_lora(
+    model,   # a `VideoModel` with LoRA
+    folder,  # receives adapter_model.safetensors and adapter_config.json
+):
     "Write the adapter with its rank, alpha and targets; plain peft can read it."
     with atomic_path(folder) as new:
         model.denoiser.save_pretrained(new)
-        (new/'README.md').unlink(missing_ok=True) # an empty form that names a folder of this machine
+        (new / 'README.md').unlink(missing_ok=True)  # an empty form that names a folder of this machine
 
-def load_lora(model, # a `VideoModel`; an adapter that it already has is replaced
-              folder # what `save_lora` wrote
-              ):
+
+def load_lora(
+    model,   # a `VideoModel`; an adapter that it already has is replaced
+    folder,  # what `save_lora` wrote
+):
     "Put a saved adapter on the denoiser, ready to train on; returns the list of trainable parameters."
     from peft import set_peft_model_state_dict
+
     config, weights = _read_lora(Path(folder))
-    if _is_tuned(model): model.denoiser = model.denoiser.unload()
+    if _is_tuned(model):
+        model.denoiser = model.denoiser.unload()
     _check_fit(model, weights, folder)
     learn = _wrap(model, config)
     set_peft_model_state_dict(model.denoiser, weights)

@@ -16,6 +16,7 @@ from ..diffusion.samplers import sampler_from_config
 @dataclass
 class Condition:
     "What the denoiser is told besides the latents and the time, for a batch of clips."
+
     embeds: torch.Tensor                       # (b, ...), made from the prompts or images
     uncond: torch.Tensor                       # the same for the empty prompt, used under guidance
     extra: dict = field(default_factory=dict)  # name -> tensor (b, ...), handed to the denoiser by that name
@@ -24,14 +25,17 @@ class Condition:
         "A new condition with `f` applied to every tensor."
         return Condition(f(self.embeds), f(self.uncond), {k: f(v) for k, v in self.extra.items()})
 
-    def __len__(self): return len(self.embeds)
+    def __len__(self):
+        return len(self.embeds)
 
     def __getitem__(self, i):
         "Clips `i` of the batch: a slice, a list of indices or one index (which keeps its batch axis)."
-        if isinstance(i, int): i = [range(len(self))[i]]
+        if isinstance(i, int):
+            i = [range(len(self))[i]]
         return self.map(lambda v: v[i])
 
-    def to(self, *args): return self.map(lambda v: v.to(*args))
+    def to(self, *args):
+        return self.map(lambda v: v.to(*args))
 
     def repeat(self, n):
         "Each clip `n` times, one after the other."
@@ -47,15 +51,18 @@ def check_prompts(prompts):
     "The prompts as a list; raises `VaderError` unless each is a text with something in it."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check(prompts, 'no prompt was given: ask for at least one clip')
-    for p in prompts: check(isinstance(p, str) and p.strip(), f'a prompt must be a text that is not empty, got {p!r}')
+    for p in prompts:
+        check(isinstance(p, str) and p.strip(), f'a prompt must be a text that is not empty, got {p!r}')
     return prompts
 
 # %% ../../nbs/3_models/00_base.ipynb #31a3c5e2
 def check_frames(frames, n):
     "The frame numbers `frames` (one or several) as a list; raises `VaderError` unless each lies in `0..n-1`."
     frames = torch.as_tensor(frames).reshape(-1).tolist()
-    check(frames and all(isinstance(i, int) and 0 <= i < n for i in frames),
-          f'frames are {frames}, but a clip of {n} has whole numbers from 0 to {n-1}')
+    check(
+        frames and all(isinstance(i, int) and 0 <= i < n for i in frames),
+        f'frames are {frames}, but a clip of {n} has whole numbers from 0 to {n - 1}',
+    )
     return frames
 
 # %% ../../nbs/3_models/00_base.ipynb #fb16f1ee
@@ -63,28 +70,43 @@ def check_size(frames, height, width, scale):
     "Raise `VaderError` unless there is a frame and both sides are multiples of `scale`, the pixels per latent."
     check(isinstance(frames, int) and frames > 0, f'a clip needs 1 frame or more, got {frames}')
     for side in (height, width):
-        check(isinstance(side, int) and side > 0 and side % scale == 0,
-              f'a clip of {height}x{width} pixels does not fit this model: both must be multiples of {scale}')
+        check(
+            isinstance(side, int) and side > 0 and side % scale == 0,
+            f'a clip of {height}x{width} pixels does not fit this model: both must be multiples of {scale}',
+        )
 
 # %% ../../nbs/3_models/00_base.ipynb #0537604b
 class VideoModel:
-    "What this library knows of a base model; a subclass brings `embed`, `denoise` and `to_pixels` (or a `decode` of its own)."
+    """What this library knows of a base model; a subclass brings `embed`, `denoise` and `to_pixels` (or a `decode` of
+    its own).
+    """
+
     name = 'video model'
     lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0']  # endings of the names of the denoiser's layers that get LoRA
-    latent_channels, vae_scale = 4, 8                    # channels of a latent; pixels per latent along height and width
-    native_size = 8, 64, 64                              # frames, height, width of a clip where none are asked for
+    latent_channels, vae_scale = 4, 8  # channels of a latent; pixels per latent along height and width
+    native_size = 8, 64, 64  # frames, height, width of a clip where none are asked for
 
     def __init__(self, denoiser, scheduler):
-        self.denoiser, self.scheduler, self.cache = denoiser, scheduler, {}
+        self.denoiser = denoiser
+        self.scheduler = scheduler
+        self.cache = {}
 
-    def embed(self, prompts): raise NotImplementedError                  # b texts -> (b, ...)
-    def denoise(self, x, t, embeds, **extra): raise NotImplementedError  # one pass through self.denoiser, without guidance
-    def to_pixels(self, z): raise NotImplementedError                    # latent frames (n,c,h,w) -> images (n,3,H,W)
+    def embed(self, prompts):
+        raise NotImplementedError  # b texts -> (b, ...)
+
+    def denoise(self, x, t, embeds, **extra):
+        raise NotImplementedError  # one pass through self.denoiser, without guidance
+
+    def to_pixels(self, z):
+        raise NotImplementedError  # latent frames (n,c,h,w) -> images (n,3,H,W)
 
     @property
-    def device(self): return next(self.denoiser.parameters()).device
+    def device(self):
+        return next(self.denoiser.parameters()).device
+
     @property
-    def dtype(self): return next(self.denoiser.parameters()).dtype
+    def dtype(self):
+        return next(self.denoiser.parameters()).dtype
 
 # %% ../../nbs/3_models/00_base.ipynb #70a65ab8
 @patch
@@ -93,6 +115,7 @@ def size(self: VideoModel, *size):
     size = [own if asked is None else asked for asked, own in zip(size, self.native_size)]
     check_size(*size, self.vae_scale)
     return size
+
 
 @patch
 def noise(self: VideoModel, n, frames=None, height=None, width=None, generator=None):
@@ -106,8 +129,10 @@ def embeds(self: VideoModel, prompts):
     "Embeddings of `prompts`, each read once only: the text encoder is frozen."
     new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
     if new:
-        with torch.no_grad(): self.cache.update(zip(new, self.embed(new)))
+        with torch.no_grad():
+            self.cache.update(zip(new, self.embed(new)))
     return torch.stack([self.cache[p] for p in prompts]).to(self.device)
+
 
 @patch
 def encode(self: VideoModel, prompts, frames=None, height=None, width=None, generator=None):
@@ -125,20 +150,27 @@ def read_prompts(self: VideoModel, prompts):
 @patch
 def check_input(self: VideoModel, x_t, cond, guidance):
     "Raise `VaderError` unless latents, condition and guidance fit each other and this model."
-    check(x_t.dim() == 5 and x_t.shape[1] == self.latent_channels,
-          f'latents must be (b,{self.latent_channels},f,h,w), got {tuple(x_t.shape)}')
+    check(
+        x_t.dim() == 5 and x_t.shape[1] == self.latent_channels,
+        f'latents must be (b,{self.latent_channels},f,h,w), got {tuple(x_t.shape)}',
+    )
     check(len(x_t) == len(cond), f'{len(x_t)} latents came with {len(cond)} prompts: there must be one for each')
-    check(not torch.is_tensor(guidance) or guidance.dim() in (0, 5),
-          f'a guidance tensor must have 5 axes, like (b,1,1,1,1) or (1,1,f,1,1), got {tuple(getattr(guidance, "shape", ()))}')
+    check(
+        not torch.is_tensor(guidance) or guidance.dim() in (0, 5),
+        'a guidance tensor must have 5 axes, like (b,1,1,1,1) or (1,1,f,1,1), got '
+        f'{tuple(getattr(guidance, "shape", ()))}',
+    )
     for v in (x_t, cond.embeds):
         check(v.device == self.device, f'{self.name} is on {self.device} but its input on {v.device}: move one of them')
 
+
 @patch
-def predict(self: VideoModel, x_t, t, cond, guidance=1.):
+def predict(self: VideoModel, x_t, t, cond, guidance=1.0):
     "What the denoiser predicts for latents `x_t` (b,c,f,h,w) at time `t`, under guidance; 1 means none, and one pass."
     self.check_input(x_t, cond, guidance)
     t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-    if not torch.is_tensor(guidance) and guidance == 1: return self.denoise(x_t, t, cond.embeds, **cond.extra)
+    if not torch.is_tensor(guidance) and guidance == 1:
+        return self.denoise(x_t, t, cond.embeds, **cond.extra)
     both = cond.paired()
     uncond, text = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both.embeds, **both.extra).chunk(2)
     return uncond + guidance * (text - uncond)
@@ -148,10 +180,14 @@ def predict(self: VideoModel, x_t, t, cond, guidance=1.):
 def decode(self: VideoModel, latents, frames=None):
     "Pixels `(b,f,3,H,W)` of the asked frames (all where None), around [0, 1] and not clamped."
     z = swap_cf(latents)
-    if frames is not None: z = z[:, check_frames(frames, z.shape[1])]
+    if frames is not None:
+        z = z[:, check_frames(frames, z.shape[1])]
     return from_frames(self.to_pixels(to_frames(z)), len(z))
 
+
 @patch
-def sampler(self: VideoModel, steps, kind='ddim', eta=0., size=()):
-    "A sampler of `steps` steps on this model's noise schedule, which may hang on the clip's `size`; `kind` as in `sampler_from_config`."
+def sampler(self: VideoModel, steps, kind='ddim', eta=0.0, size=()):
+    """A sampler of `steps` steps on this model's noise schedule, which may hang on the clip's `size`; `kind` as in
+    `sampler_from_config`.
+    """
     return sampler_from_config(self.scheduler.config, kind, steps, eta)

@@ -17,8 +17,8 @@ from ..core import check, swap_cf
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #bb6ca814
 def per_frame(
-    layer,     # takes pictures (n, c, h, w)
-    x: Tensor, # (b, f, c, h, w)
+    layer,      # takes pictures (n, c, h, w)
+    x: Tensor,  # (b, f, c, h, w)
 ) -> Tensor:
     "Apply a layer for pictures to each frame by itself."
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -28,19 +28,27 @@ def zero(
     layer: nn.Module,
 ):
     "The layer with all its weights set to zero: a residual branch that ends in it starts as no change."
-    for p in layer.parameters(): nn.init.zeros_(p)
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     return layer
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #461bd97d
 class TemporalConv(nn.Module):
     "Four convolutions over 3 frames, one pixel wide, beside an identity."
-    def __init__(self,
+
+    def __init__(
+        self,
         c,            # channels
         groups=32,    # of the normalisations
-        dropout=.1,   # while training, before all but the first
+        dropout=0.1,  # while training, before all but the first
     ):
         super().__init__()
-        part = lambda *drop: nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), *drop, nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0)))
+
+        def part(*drop):
+            return nn.Sequential(
+                nn.GroupNorm(groups, c), nn.SiLU(), *drop, nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0))
+            )
+
         self.conv1 = part()
         self.conv2, self.conv3, self.conv4 = [part(nn.Dropout(dropout)) for _ in range(3)]
         zero(self.conv4[-1])
@@ -50,14 +58,24 @@ class TemporalConv(nn.Module):
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #83b96a0a
 class ResBlock(nn.Module):
-    "Two convolutions in space that are told the time step, then `TemporalConv` (the checkpoint's names, `temopral` included)."
-    def __init__(self, i, o, # channels in and out
-                 width,      # of the time vector
-                 groups=32):
+    """Two convolutions in space that are told the time step, then `TemporalConv` (the checkpoint's names, `temopral`
+    included).
+    """
+
+    def __init__(
+        self,
+        # channels in and out
+        i,
+        o,
+        width,  # of the time vector
+        groups=32,
+    ):
         super().__init__()
         self.in_layers = nn.Sequential(nn.GroupNorm(groups, i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(width, o))
-        self.out_layers = nn.Sequential(nn.GroupNorm(groups, o), nn.SiLU(), nn.Identity(), zero(nn.Conv2d(o, o, 3, padding=1)))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, o), nn.SiLU(), nn.Identity(), zero(nn.Conv2d(o, o, 3, padding=1))
+        )
         self.skip_connection = nn.Identity() if i == o else nn.Conv2d(i, o, 1)
         self.temopral_conv = TemporalConv(o, groups)
 
@@ -68,24 +86,37 @@ class ResBlock(nn.Module):
 # %% ../../nbs/3_models/02_lvdm.ipynb #9af73856
 class Attention(nn.Module):
     "Rows of `x` ask rows of `context` (or one another)."
-    def __init__(self, width, heads,
-                 head_width,   # of each head
-                 context=None  # width of the context; None: `x` asks itself
-                ):
+
+    def __init__(
+        self,
+        width,
+        heads,
+        head_width,    # of each head
+        context=None,  # width of the context; None: `x` asks itself
+    ):
         super().__init__()
         self.heads, inner = heads, heads * head_width
         self.to_q = nn.Linear(width, inner, bias=False)
         self.to_k, self.to_v = [nn.Linear(context or width, inner, bias=False) for _ in 'kv']
         self.to_out = nn.Sequential(nn.Linear(inner, width))
 
-    def forward(self, x, context=None): # (n, rows, width), (n, rows of the context, its width)
+    def forward(
+        self,
+        # (n, rows, width), (n, rows of the context, its width)
+        x,
+        context=None,
+    ):
         context = x if context is None else context
-        q, k, v = [v.unflatten(-1, (self.heads, -1)).transpose(1, 2) for v in (self.to_q(x), self.to_k(context), self.to_v(context))]
+        q, k, v = [
+            v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for v in (self.to_q(x), self.to_k(context), self.to_v(context))
+        ]
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #6257df9e
 class GEGLU(nn.Module):
     "A linear layer whose one half gates the other ([Shazeer 2020](https://arxiv.org/abs/2002.05202))."
+
     def __init__(self, i, o):
         super().__init__()
         self.proj = nn.Linear(i, 2 * o)
@@ -94,29 +125,47 @@ class GEGLU(nn.Module):
         x, gate = self.proj(x).chunk(2, -1)
         return x * F.gelu(gate)
 
+
 class FeedForward(nn.Module):
     "Each row thinks for itself, in four times the width."
+
     def __init__(self, width):
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
-    def forward(self, x): return self.net(x)
+    def forward(self, x):
+        return self.net(x)
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #071e0778
 class TransformerBlock(nn.Module):
     "Self-attention, attention to the text (or to itself again), feed-forward."
-    def __init__(self, width, heads, head_width, context=None): # as for `Attention`
+
+    def __init__(
+        self,
+        # as for `Attention`
+        width,
+        heads,
+        head_width,
+        context=None,
+    ):
         super().__init__()
-        self.attn1, self.attn2 = Attention(width, heads, head_width), Attention(width, heads, head_width, context)
+        self.attn1 = Attention(width, heads, head_width)
+        self.attn2 = Attention(width, heads, head_width, context)
         self.ff = FeedForward(width)
         self.norm1, self.norm2, self.norm3 = [nn.LayerNorm(width) for _ in range(3)]
 
     def ask(self, x, text):
         "The second attention; all rows of a clip ask its text together."
-        if text is None: return self.attn2(x)
+        if text is None:
+            return self.attn2(x)
         return self.attn2(x.reshape(len(text), -1, x.shape[-1]), text).view_as(x)
 
-    def forward(self, x, text=None): # (n, rows, width), (b, tokens, context) with n a multiple of b
+    def forward(
+        self,
+        # (n, rows, width), (b, tokens, context) with n a multiple of b
+        x,
+        text=None,
+    ):
         x = x + self.attn1(self.norm1(x))
         x = x + self.ask(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
@@ -124,130 +173,214 @@ class TransformerBlock(nn.Module):
 # %% ../../nbs/3_models/02_lvdm.ipynb #9eabc43c
 class SpatialTransformer(nn.Module):
     "Pixels of a frame ask one another and the text."
-    def __init__(self, c, heads, head_width,
-                 context,  # width of the text
-                 groups=32):
+
+    def __init__(
+        self,
+        c,
+        heads,
+        head_width,
+        context,  # width of the text
+        groups=32,
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.proj_in, self.proj_out = nn.Linear(c, heads * head_width), zero(nn.Linear(heads * head_width, c))
+        self.proj_in = nn.Linear(c, heads * head_width)
+        self.proj_out = zero(nn.Linear(heads * head_width, c))
         self.transformer_blocks = nn.ModuleList([TransformerBlock(heads * head_width, heads, head_width, context)])
 
     def forward(self, x, emb, text):
-        h = self.norm(x.flatten(0, 1)).flatten(2).transpose(1, 2)                # (b*f, h*w, c)
+        h = self.norm(x.flatten(0, 1)).flatten(2).transpose(1, 2)  # (b*f, h*w, c)
         h = self.proj_out(self.transformer_blocks[0](self.proj_in(h), text))
         return x + h.transpose(1, 2).reshape(x.shape)
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #d8024940
 class TemporalTransformer(nn.Module):
     "The same pixel of all frames asks itself, twice."
-    def __init__(self, c, heads, head_width, groups=32,
-                 conv=False):  # projections as one-wide convolutions
+
+    def __init__(
+        self,
+        c,
+        heads,
+        head_width,
+        groups=32,
+        conv=False,  # projections as one-wide convolutions
+    ):
         super().__init__()
         inner = heads * head_width
         layer = (lambda i, o: nn.Conv1d(i, o, 1)) if conv else nn.Linear
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.proj_in, self.proj_out = layer(c, inner), zero(layer(inner, c))
+        self.proj_in = layer(c, inner)
+        self.proj_out = zero(layer(inner, c))
         self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, head_width)])
 
     def forward(self, x, emb, text):
         b, f, c, h, w = x.shape
-        apply = lambda layer, v: layer(v.mT).mT if isinstance(layer, nn.Conv1d) else layer(v)
+
+        def apply(layer, v):
+            return layer(v.mT).mT if isinstance(layer, nn.Conv1d) else layer(v)
+
         rows = self.norm(swap_cf(x)).permute(0, 3, 4, 2, 1).reshape(b * h * w, f, c)
         rows = apply(self.proj_out, self.transformer_blocks[0](apply(self.proj_in, rows)))
         return x + rows.view(b, h, w, f, c).permute(0, 3, 4, 1, 2)
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #4183b1b3
 def sinusoid(
-    t: Tensor, # (b,) numbers
-    dim: int,  # even
-) -> Tensor:   # (b, dim)
-    "Cosines, then sines, of `t` at frequencies from 1 down to 1/10000 ([Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), section 3.5)."
+    t: Tensor,  # (b,) numbers
+    dim: int,   # even
+) -> Tensor:  # (b, dim)
+    """Cosines, then sines, of `t` at frequencies from 1 down to 1/10000 ([Vaswani et al.
+    2017](https://arxiv.org/abs/1706.03762), section 3.5).
+    """
     angles = t.float()[:, None] * torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2)))
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #e5d6133e
 class Downsample(nn.Module):
     "Half the height and width."
+
     def __init__(self, c):
         super().__init__()
         self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
 
-    def forward(self, x, emb, text): return per_frame(self.op, x)
+    def forward(self, x, emb, text):
+        return per_frame(self.op, x)
+
 
 class Upsample(nn.Module):
     "Twice the height and width."
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x, emb, text): return per_frame(lambda p: self.conv(F.interpolate(p, scale_factor=2.)), x)
+    def forward(self, x, emb, text):
+        return per_frame(lambda p: self.conv(F.interpolate(p, scale_factor=2.0)), x)
+
 
 class Stage(nn.Sequential):
     "Layers one after the other, each told the time and the text."
+
     def forward(self, x, emb, text):
-        for layer in self: x = layer(x, emb, text)
+        for layer in self:
+            x = layer(x, emb, text)
         return x
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #7d276ed7
-def res_block(i, o, s): # channels in and out, sizes of an `LVDM`
+def res_block(
+    # channels in and out, sizes of an `LVDM`
+    i,
+    o,
+    s,
+):
     "The residual block of a network of these sizes."
     return ResBlock(i, o, 4 * s['channels'], s['groups'])
 
-def transformers(c, s): # channels, sizes of an `LVDM`
+
+def transformers(
+    # channels, sizes of an `LVDM`
+    c,
+    s,
+):
     "Across space, then across time."
     heads = c // s['head_width'], s['head_width']
     return [SpatialTransformer(c, *heads, s['context'], s['groups']), TemporalTransformer(c, *heads, s['groups'])]
 
-def stage(i, level, s): # channels in, 0 for the finest level, sizes of an `LVDM`
+
+def stage(
+    # channels in, 0 for the finest level, sizes of an `LVDM`
+    i,
+    level,
+    s,
+):
     "A residual block, with transformers behind it at the `attend` finest levels."
     o = s['channels'] * s['mults'][level]
     return Stage(res_block(i, o, s), *(transformers(o, s) if level < s['attend'] else []))
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #d9cdac53
-def down_stages(s): # sizes of an `LVDM`
+def down_stages(
+    s,  # sizes of an `LVDM`
+):
     "The stages from fine to coarse, one after the other."
     i, last = s['channels'], len(s['mults']) - 1
     for level, m in enumerate(s['mults']):
-        for _ in range(s['blocks']): yield stage(i, level, s); i = s['channels'] * m
-        if level < last: yield Stage(Downsample(i))
+        for _ in range(s['blocks']):
+            yield stage(i, level, s)
+            i = s['channels'] * m
+        if level < last:
+            yield Stage(Downsample(i))
 
-def skip_widths(s): # sizes of an `LVDM`
+
+def skip_widths(
+    s,  # sizes of an `LVDM`
+):
     "Channels of the skips, in the order in which they are put aside."
     per_level = [[m] * (s['blocks'] + (level < len(s['mults']) - 1)) for level, m in enumerate(s['mults'])]
     return [s['channels'] * m for m in [1, *sum(per_level, [])]]
 
-def up_stages(s): # sizes of an `LVDM`
+
+def up_stages(
+    s,  # sizes of an `LVDM`
+):
     "The stages from coarse to fine; each is given what the one before made, and a skip."
-    i, skips = s['channels'] * s['mults'][-1], skip_widths(s)
+    i = s['channels'] * s['mults'][-1]
+    skips = skip_widths(s)
     for level, m in reversed(list(enumerate(s['mults']))):
         for k in range(s['blocks'] + 1):
-            up = stage(i + skips.pop(), level, s); i = s['channels'] * m
-            if level and k == s['blocks']: up.append(Upsample(i))
+            up = stage(i + skips.pop(), level, s)
+            i = s['channels'] * m
+            if level and k == s['blocks']:
+                up.append(Upsample(i))
             yield up
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #100b1bab
 class LVDM(nn.Module):
-    "VideoCrafter2's UNet (by default at full size): latents (b, 4, f, h, w), times (b,), text (b, tokens, context), frames a second -> noise (b, 4, f, h, w)."
-    def __init__(self,
-        channels=320, mults=(1, 2, 4, 4), # channels of the finest level; how many times as many at each level
-        blocks=2,                         # residual blocks a level on the way down; one more on the way up
-        attend=3,                         # finest levels that have transformers
-        head_width=64, context=1024,      # of each attention head; of the text
-        groups=32,                        # of the normalisations (always 32 in the published code)
-        latent=4,                         # channels of a latent
+    """VideoCrafter2's UNet (by default at full size): latents (b, 4, f, h, w), times (b,), text (b, tokens, context),
+    frames a second -> noise (b, 4, f, h, w).
+    """
+
+    def __init__(
+        self,
+        # channels of the finest level; how many times as many at each level
+        channels=320,
+        mults=(1, 2, 4, 4),
+        blocks=2,  # residual blocks a level on the way down; one more on the way up
+        attend=3,  # finest levels that have transformers
+        # of each attention head; of the text
+        head_width=64,
+        context=1024,
+        groups=32,  # of the normalisations (always 32 in the published code)
+        latent=4,   # channels of a latent
     ):
         super().__init__()
-        self.settings = s = dict(channels=channels, mults=list(mults), blocks=blocks, attend=attend, head_width=head_width, context=context, groups=groups, latent=latent)
+        self.settings = s = dict(
+            channels=channels,
+            mults=list(mults),
+            blocks=blocks,
+            attend=attend,
+            head_width=head_width,
+            context=context,
+            groups=groups,
+            latent=latent,
+        )
         c, coarsest = channels, channels * mults[-1]
-        self.time_embed, self.fps_embedding = [nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c)) for _ in range(2)]
+        self.time_embed, self.fps_embedding = [
+            nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c)) for _ in range(2)
+        ]
         zero(self.fps_embedding[-1])
         self.init_attn = Stage(TemporalTransformer(c, 8, head_width, groups, conv=True))
         self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(latent, c, 3, padding=1)), *down_stages(s)])
-        self.middle_block = Stage(res_block(coarsest, coarsest, s), *transformers(coarsest, s), res_block(coarsest, coarsest, s))
+        self.middle_block = Stage(
+            res_block(coarsest, coarsest, s), *transformers(coarsest, s), res_block(coarsest, coarsest, s)
+        )
         self.output_blocks = nn.ModuleList(up_stages(s))
         self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero(nn.Conv2d(c, latent, 3, padding=1)))
 
-    def embed(self, t, fps): # (b,), (b,)
+    def embed(
+        self,
+        # (b,), (b,)
+        t,
+        fps,
+    ):
         "The vector about time step and frame rate (b, 4 * channels)."
         dtype, c = self.out[-1].weight.dtype, self.settings['channels']
         return self.time_embed(sinusoid(t, c).to(dtype)) + self.fps_embedding(sinusoid(fps, c).to(dtype))
@@ -256,22 +389,40 @@ class LVDM(nn.Module):
         emb = self.embed(t, torch.as_tensor(fps, device=x.device).expand(len(x)))
         x = self.init_attn(per_frame(self.input_blocks[0], swap_cf(x)), emb, text)
         skips = [x]
-        for stage in self.input_blocks[1:]: skips.append(x := stage(x, emb, text))
+        for stage in self.input_blocks[1:]:
+            skips.append(x := stage(x, emb, text))
         x = self.middle_block(x, emb, text)
-        for stage in self.output_blocks: x = stage(torch.cat([x, skips.pop()], 2), emb, text)
+        for stage in self.output_blocks:
+            x = stage(torch.cat([x, skips.pop()], 2), emb, text)
         return swap_cf(per_frame(self.out, x))
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #bbf406e7
-_NAMES = {r'^conv_in\.': 'input_blocks.0.0.', r'^transformer_in\.': 'init_attn.0.', r'^time_embedding\.linear_1\.': 'time_embed.0.',
-          r'^time_embedding\.linear_2\.': 'time_embed.2.', r'^conv_norm_out\.': 'out.0.', r'^conv_out\.': 'out.2.'}
-_INSIDE = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'norm2': 'out_layers.0', 'conv2': 'out_layers.3',
-           'conv_shortcut': 'skip_connection'}
+_NAMES = {
+    r'^conv_in\.': 'input_blocks.0.0.',
+    r'^transformer_in\.': 'init_attn.0.',
+    r'^time_embedding\.linear_1\.': 'time_embed.0.',
+    r'^time_embedding\.linear_2\.': 'time_embed.2.',
+    r'^conv_norm_out\.': 'out.0.',
+    r'^conv_out\.': 'out.2.',
+}
+_INSIDE = {
+    'norm1': 'in_layers.0',
+    'conv1': 'in_layers.2',
+    'time_emb_proj': 'emb_layers.1',
+    'norm2': 'out_layers.0',
+    'conv2': 'out_layers.3',
+    'conv_shortcut': 'skip_connection',
+}
+
 
 def _layer(kind, rest):
     "Where a layer of diffusers' stage stands in ours, and the name inside it."
-    if kind == 'temp_convs': return f'0.temopral_conv.{rest}'
-    if kind == 'resnets': return '0.' + re.sub(r'^\w+', lambda m: _INSIDE[m[0]], rest)
+    if kind == 'temp_convs':
+        return f'0.temopral_conv.{rest}'
+    if kind == 'resnets':
+        return '0.' + re.sub(r'^\w+', lambda m: _INSIDE[m[0]], rest)
     return f'{1 + (kind == "temp_attentions")}.{rest}'
+
 
 def lvdm_key(
     key: str,   # of a weight in `UNet3DConditionModel`
@@ -279,25 +430,39 @@ def lvdm_key(
 ) -> str:
     "The name of the same weight in an `LVDM`."
     for old, new in _NAMES.items():
-        if re.match(old, key): return re.sub(old, new, key)
-    n, top = net.settings['blocks'] + 1, len(net.settings['mults']) - 1
+        if re.match(old, key):
+            return re.sub(old, new, key)
+    n = net.settings['blocks'] + 1
+    top = len(net.settings['mults']) - 1
     where, level, kind, j, rest = re.match(r'(down|mid|up)_block(?:s\.(\d+))?\.(\w+)\.(\d+)\.(.+)', key).groups()
-    level, j = int(level or 0), int(j)
-    if kind == 'downsamplers': return f'input_blocks.{(level + 1) * n}.0.{rest.replace("conv", "op")}'
-    if kind == 'upsamplers': return f'output_blocks.{level * n + n - 1}.{3 if top - level < net.settings["attend"] else 1}.{rest}'
-    if where == 'down': return f'input_blocks.{1 + level * n + j}.{_layer(kind, rest)}'
-    if where == 'up': return f'output_blocks.{level * n + j}.{_layer(kind, rest)}'
+    level = int(level or 0)
+    j = int(j)
+    if kind == 'downsamplers':
+        return f'input_blocks.{(level + 1) * n}.0.{rest.replace("conv", "op")}'
+    if kind == 'upsamplers':
+        return f'output_blocks.{level * n + n - 1}.{3 if top - level < net.settings["attend"] else 1}.{rest}'
+    if where == 'down':
+        return f'input_blocks.{1 + level * n + j}.{_layer(kind, rest)}'
+    if where == 'up':
+        return f'output_blocks.{level * n + j}.{_layer(kind, rest)}'
     return 'middle_block.' + re.sub('^0', '3' if j else '0', _layer(kind, rest))
 
 # %% ../../nbs/3_models/02_lvdm.ipynb #6d4e1885
 def from_unet3d(
-    state: dict, # of a `UNet3DConditionModel`
-    net: LVDM,   # of the same sizes, changed in place
+    state: dict,  # of a `UNet3DConditionModel`
+    net: LVDM,    # of the same sizes, changed in place
 ):
-    "Carry ModelScope's weights over; what is about the frame rate stays as it is. Raises `VaderError` if the networks do not match."
-    own, new = net.state_dict(), {lvdm_key(k, net): v for k, v in state.items()}
-    odd = sorted(own.keys() - new.keys() - {k for k in own if k.startswith('fps_embedding')}) + sorted(new.keys() - own.keys())
+    """Carry ModelScope's weights over; what is about the frame rate stays as it is. Raises `VaderError` if the networks
+    do not match.
+    """
+    own = net.state_dict()
+    new = {lvdm_key(k, net): v for k, v in state.items()}
+    odd = sorted(own.keys() - new.keys() - {k for k in own if k.startswith('fps_embedding')}) + sorted(
+        new.keys() - own.keys()
+    )
     odd = odd or [k for k, v in new.items() if v.numel() != own[k].numel()]
-    check(not odd, f'the two networks differ in {len(odd)} layers, such as {odd[:2]}: build the LVDM with the same sizes')
+    check(
+        not odd, f'the two networks differ in {len(odd)} layers, such as {odd[:2]}: build the LVDM with the same sizes'
+    )
     net.load_state_dict({**own, **{k: v.view(own[k].shape) for k, v in new.items()}})
     return net

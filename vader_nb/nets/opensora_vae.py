@@ -14,21 +14,28 @@ from torch import nn
 # %% ../../nbs/3_models/05_opensora_vae.ipynb #bf5b518f
 class CausalConv3d(nn.Module):
     "A convolution over (b, c, f, h, w) that sees a frame and those before it."
+
     def __init__(self, i, o, kernel=3, stride=1, bias=True):
         super().__init__()
-        self.conv, side = nn.Conv3d(i, o, kernel, (stride, 1, 1), bias=bias), kernel // 2
+        self.conv = nn.Conv3d(i, o, kernel, (stride, 1, 1), bias=bias)
+        side = kernel // 2
         self.pad = (side, side, side, side, max(kernel - stride, 0), 0)
 
-    def forward(self, x): return self.conv(F.pad(x, self.pad))
+    def forward(self, x):
+        return self.conv(F.pad(x, self.pad))
 
 # %% ../../nbs/3_models/05_opensora_vae.ipynb #5abe9e08
 class ResBlock3d(nn.Module):
     "Norm, SiLU, convolution, twice; plus the input."
+
     def __init__(self, i, o, groups):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, i), CausalConv3d(i, o, bias=False)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, o), CausalConv3d(o, o, bias=False)
-        if i != o: self.conv3 = CausalConv3d(i, o, 1, bias=False)
+        self.norm1 = nn.GroupNorm(groups, i)
+        self.conv1 = CausalConv3d(i, o, bias=False)
+        self.norm2 = nn.GroupNorm(groups, o)
+        self.conv2 = CausalConv3d(o, o, bias=False)
+        if i != o:
+            self.conv3 = CausalConv3d(i, o, 1, bias=False)
 
     def forward(self, x):
         h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
@@ -37,59 +44,96 @@ class ResBlock3d(nn.Module):
 # %% ../../nbs/3_models/05_opensora_vae.ipynb #e1580f88
 class TemporalEncoder(nn.Module):
     "Latent frames (b, c, 4n, h, w) to moments (b, 2z, n, h, w)."
+
     def __init__(self, channels, moments, filters, blocks, multipliers, halve, groups):
         super().__init__()
         widths = [filters * m for m in multipliers]
-        stack = lambda i, o: nn.ModuleList(ResBlock3d(i if k == 0 else o, o, groups) for k in range(blocks))
+
+        def stack(i, o):
+            return nn.ModuleList(ResBlock3d(i if k == 0 else o, o, groups) for k in range(blocks))
+
         self.conv_in = CausalConv3d(channels, filters, bias=False)
         self.block_res_blocks = nn.ModuleList(stack(i, o) for i, o in zip([filters] + widths, widths))
-        self.conv_blocks = nn.ModuleList(CausalConv3d(w, w, stride=2) if h else nn.Identity() for w, h in zip(widths, halve))
-        self.res_blocks, last = stack(widths[-1], widths[-1]), widths[-1]
-        self.norm1, self.conv2 = nn.GroupNorm(groups, last), CausalConv3d(last, moments, 1)
+        self.conv_blocks = nn.ModuleList(
+            CausalConv3d(w, w, stride=2) if h else nn.Identity() for w, h in zip(widths, halve)
+        )
+        self.res_blocks = stack(widths[-1], widths[-1])
+        last = widths[-1]
+        self.norm1 = nn.GroupNorm(groups, last)
+        self.conv2 = CausalConv3d(last, moments, 1)
 
     def forward(self, x):
         x = self.conv_in(x)
         for blocks, down in zip(self.block_res_blocks, [*self.conv_blocks, nn.Identity()]):
-            for block in blocks: x = block(x)
+            for block in blocks:
+                x = block(x)
             x = down(x)
-        for block in self.res_blocks: x = block(x)
+        for block in self.res_blocks:
+            x = block(x)
         return self.conv2(F.silu(self.norm1(x)))
 
 # %% ../../nbs/3_models/05_opensora_vae.ipynb #8a4e72c2
 class DoubleTime(CausalConv3d):
     "(b, c, f, h, w) to (b, c, 2f, h, w)."
-    def __init__(self, width): super().__init__(width, 2 * width)
-    def forward(self, x): return super().forward(x).unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+
+    def __init__(self, width):
+        super().__init__(width, 2 * width)
+
+    def forward(self, x):
+        return super().forward(x).unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+
 
 class TemporalDecoder(nn.Module):
     "Latents (b, z, n, h, w) to latent frames (b, c, 4n, h, w)."
+
     def __init__(self, channels, latents, filters, blocks, multipliers, halve, groups):
         super().__init__()
         widths = [filters * m for m in multipliers]
-        stack = lambda i, o: nn.ModuleList(ResBlock3d(i if k == 0 else o, o, groups) for k in range(blocks))
-        self.conv1, self.res_blocks = CausalConv3d(latents, widths[-1]), stack(widths[-1], widths[-1])
+
+        def stack(i, o):
+            return nn.ModuleList(ResBlock3d(i if k == 0 else o, o, groups) for k in range(blocks))
+
+        self.conv1 = CausalConv3d(latents, widths[-1])
+        self.res_blocks = stack(widths[-1], widths[-1])
         self.block_res_blocks = nn.ModuleList(stack(i, o) for i, o in zip(widths[1:] + widths[-1:], widths))
         self.conv_blocks = nn.ModuleList(DoubleTime(w) if h else nn.Identity() for w, h in zip(widths[1:], halve))
-        self.norm1, self.conv_out = nn.GroupNorm(groups, widths[0]), CausalConv3d(widths[0], channels)
+        self.norm1 = nn.GroupNorm(groups, widths[0])
+        self.conv_out = CausalConv3d(widths[0], channels)
 
     def forward(self, x):
         x = self.conv1(x)
-        for block in self.res_blocks: x = block(x)
+        for block in self.res_blocks:
+            x = block(x)
         for blocks, up in reversed(list(zip(self.block_res_blocks, [nn.Identity(), *self.conv_blocks]))):
-            for block in blocks: x = block(x)
+            for block in blocks:
+                x = block(x)
             x = up(x)
         return self.conv_out(F.silu(self.norm1(x)))
 
 # %% ../../nbs/3_models/05_opensora_vae.ipynb #9d53f6ad
 class TemporalVAE(nn.Module):
-    "17 latent frames (b, 4, 17, h, w) to 5 latents (b, 4, 5, h, w) and back; the defaults are those of the published one."
-    def __init__(self, in_out_channels=4, latent_embed_dim=4, embed_dim=4, filters=128, num_res_blocks=4, channel_multipliers=(1, 2, 2, 4),
-                 temporal_downsample=(False, True, True), num_groups=32):
+    """17 latent frames (b, 4, 17, h, w) to 5 latents (b, 4, 5, h, w) and back; the defaults are those of the published
+    one.
+    """
+
+    def __init__(
+        self,
+        in_out_channels=4,
+        latent_embed_dim=4,
+        embed_dim=4,
+        filters=128,
+        num_res_blocks=4,
+        channel_multipliers=(1, 2, 2, 4),
+        temporal_downsample=(False, True, True),
+        num_groups=32,
+    ):
         super().__init__()
         shape = filters, num_res_blocks, channel_multipliers, temporal_downsample, num_groups
-        self.ratio = 2**sum(temporal_downsample)
-        self.encoder, self.decoder = TemporalEncoder(in_out_channels, 2 * latent_embed_dim, *shape), TemporalDecoder(in_out_channels, latent_embed_dim, *shape)
-        self.quant_conv, self.post_quant_conv = CausalConv3d(2 * latent_embed_dim, 2 * embed_dim, 1), CausalConv3d(embed_dim, latent_embed_dim, 1)
+        self.ratio = 2 ** sum(temporal_downsample)
+        self.encoder = TemporalEncoder(in_out_channels, 2 * latent_embed_dim, *shape)
+        self.decoder = TemporalDecoder(in_out_channels, latent_embed_dim, *shape)
+        self.quant_conv = CausalConv3d(2 * latent_embed_dim, 2 * embed_dim, 1)
+        self.post_quant_conv = CausalConv3d(embed_dim, latent_embed_dim, 1)
 
     def encode(self, x):
         "Mean and log variance (b, 2z, n, h, w) of the latents."
@@ -101,12 +145,23 @@ class TemporalVAE(nn.Module):
 
 # %% ../../nbs/3_models/05_opensora_vae.ipynb #28a066ab
 PIECE = 17  # frames that the temporal VAE works on at once
-IMAGE_VAE = dict(in_channels=3, out_channels=3, down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4,
-                 block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4, norm_num_groups=32, sample_size=512)
+IMAGE_VAE = dict(
+    in_channels=3,
+    out_channels=3,
+    down_block_types=['DownEncoderBlock2D'] * 4,
+    up_block_types=['UpDecoderBlock2D'] * 4,
+    block_out_channels=[128, 256, 512, 512],
+    layers_per_block=2,
+    latent_channels=4,
+    norm_num_groups=32,
+    sample_size=512,
+)
+
 
 def pieces(frames):
     "Frames in each piece of a clip: 17, 17, ... and what is left."
     return [PIECE] * (frames // PIECE) + [frames % PIECE] * (frames % PIECE > 0)
+
 
 def latent_frames(frames, ratio=4):
     "Latents of a clip along time."
@@ -115,15 +170,28 @@ def latent_frames(frames, ratio=4):
 # %% ../../nbs/3_models/05_opensora_vae.ipynb #82140a18
 class OpenSoraVAE(nn.Module):
     "Videos (b, 3, f, h, w) in [-1, 1] to latents (b, 4, n, h/8, w/8) and back."
-    def __init__(self, vae_2d=IMAGE_VAE, vae_temporal={}, image_scale=.18215, shift=(-.10, .34, .27, .98), scale=(3.85, 2.32, 2.33, 3.06)):
+
+    def __init__(
+        self,
+        vae_2d=IMAGE_VAE,
+        vae_temporal={},
+        image_scale=0.18215,
+        shift=(-0.10, 0.34, 0.27, 0.98),
+        scale=(3.85, 2.32, 2.33, 3.06),
+    ):
         super().__init__()
         from diffusers import AutoencoderKL
+
         self.config = dict(vae_2d=dict(vae_2d), vae_temporal=dict(vae_temporal), image_scale=image_scale)
-        self.spatial_vae, self.temporal_vae, self.image_scale = nn.ModuleDict(dict(module=AutoencoderKL.from_config(dict(vae_2d)))), TemporalVAE(**vae_temporal), image_scale
-        for name, values in dict(shift=shift, scale=scale).items(): self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1))
+        self.spatial_vae = nn.ModuleDict(dict(module=AutoencoderKL.from_config(dict(vae_2d))))
+        self.temporal_vae = TemporalVAE(**vae_temporal)
+        self.image_scale = image_scale
+        for name, values in dict(shift=shift, scale=scale).items():
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1))
 
     @property
-    def image_vae(self): return self.spatial_vae['module']
+    def image_vae(self):
+        return self.spatial_vae['module']
 
     def encode_frames(self, video):
         "Image latents (b, 4, f, h/8, w/8), the means."
@@ -141,8 +209,14 @@ class OpenSoraVAE(nn.Module):
         return (torch.cat(z, 2) - self.shift) / self.scale
 
     def decode(self, z, frames, only=None):
-        "Of a clip of `frames` frames, all or `only` the asked ones; works on no more than the pieces and frames that they need."
-        only, n = list(range(frames)) if only is None else only, latent_frames(PIECE, self.temporal_vae.ratio)
-        piece = lambda k: (z * self.scale + self.shift)[:, :, k * n:(k + 1) * n]
+        """Of a clip of `frames` frames, all or `only` the asked ones; works on no more than the pieces and frames that
+        they need.
+        """
+        only = list(range(frames)) if only is None else only
+        n = latent_frames(PIECE, self.temporal_vae.ratio)
+
+        def piece(k):
+            return (z * self.scale + self.shift)[:, :, k * n : (k + 1) * n]
+
         done = {k: self.temporal_vae.decode(piece(k), pieces(frames)[k]) for k in {i // PIECE for i in only}}
         return self.decode_frames(torch.stack([done[i // PIECE][:, :, i % PIECE] for i in only], 2))

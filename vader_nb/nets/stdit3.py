@@ -14,9 +14,11 @@ from torch import nn
 # %% ../../nbs/3_models/04_stdit3.ipynb #7ca0b8aa
 class PatchEmbed(nn.Module):
     "Latents (b, c, f, h, w) to tokens (b, f, s, dim)."
+
     def __init__(self, channels, dim, patch):
         super().__init__()
-        self.patch, self.proj = patch, nn.Conv3d(channels, dim, patch, patch)
+        self.patch = patch
+        self.proj = nn.Conv3d(channels, dim, patch, patch)
 
     def forward(self, x):
         f, h, w = (-n % p for n, p in zip(x.shape[2:], self.patch))
@@ -27,26 +29,30 @@ def unpatch(
     x,      # tokens (b, f, s, p1*p2*p3*c)
     patch,  # (p1, p2, p3)
     size,   # frames, height and width of the latents, before padding
-):          # (b, c, f, h, w)
+):  # (b, c, f, h, w)
     "Lay the patches side by side again and cut off the padding."
     f, h, w = (-(-n // p) for n, p in zip(size, patch))
     x = x.reshape(len(x), f, h, w, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return x.flatten(6).flatten(4, 5).flatten(2, 3)[:, :, :size[0], :size[1], :size[2]]
+    return x.flatten(6).flatten(4, 5).flatten(2, 3)[:, :, : size[0], : size[1], : size[2]]
 
 # %% ../../nbs/3_models/04_stdit3.ipynb #95536147
 def frequencies(
     dim,  # twice as many as are wanted
     device=None,
-):        # (dim/2,)
-    "Angular frequencies from 1 down to 1/10,000 ([Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), section 3.5)."
-    return 10_000. ** -(torch.arange(0, dim, 2, device=device) / dim)
+):  # (dim/2,)
+    """Angular frequencies from 1 down to 1/10,000 ([Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), section
+    3.5).
+    """
+    return 10_000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
 
 # %% ../../nbs/3_models/04_stdit3.ipynb #d8a65810
 class NumberEmbed(nn.Module):
     "Numbers (n,) to vectors (n, dim): waves, cosines first, then two layers."
+
     def __init__(self, dim, waves=256):
         super().__init__()
-        self.waves, self.mlp = waves, nn.Sequential(nn.Linear(waves, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.waves = waves
+        self.mlp = nn.Sequential(nn.Linear(waves, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, x):
         angle = x.float()[:, None] * frequencies(self.waves, x.device)
@@ -54,58 +60,77 @@ class NumberEmbed(nn.Module):
 
 # %% ../../nbs/3_models/04_stdit3.ipynb #492d0ae4
 def places(
-    h, w,       # patches per column and row
-    dim,        # of a token
-    fineness,   # (b,) square root of the clip's pixels over the base resolution
-):              # (b, h*w, dim)
+    # patches per column and row
+    h,
+    w,
+    dim,       # of a token
+    fineness,  # (b,) square root of the clip's pixels over the base resolution
+):  # (b, h*w, dim)
     "The position embedding of every patch of a frame, row by row."
-    base = round((h * w)**.5)
+    base = round((h * w) ** 0.5)
     waves = frequencies(dim // 2, fineness.device)
+
     def along(n):
         angle = torch.arange(n, device=waves.device) * base / n / fineness[:, None]  # (b, n)
         angle = angle[..., None] * waves
         return torch.cat([angle.sin(), angle.cos()], -1)
-    x, y = along(w)[:, None].expand(-1, h, -1, -1), along(h)[:, :, None].expand(-1, -1, w, -1)
+
+    x = along(w)[:, None].expand(-1, h, -1, -1)
+    y = along(h)[:, :, None].expand(-1, -1, w, -1)
     return torch.cat([x, y], -1).flatten(1, 2)
 
 # %% ../../nbs/3_models/04_stdit3.ipynb #192b6dac
 def turn(
     x,      # (..., n, d)
     angle,  # (n, d/2)
-):          # (..., n, d)
+):  # (..., n, d)
     "Turn each neighbouring pair of numbers of `x` by its angle: rotary position embedding."
     a, b = x[..., ::2], x[..., 1::2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
 
 class Rope(nn.Module):
     "Angles (n, d/2) of n frames; the frequencies are stored with the weights, and frozen."
+
     def __init__(self, dim):
         super().__init__()
         self.freqs = nn.Parameter(frequencies(dim), requires_grad=False)
 
-    def forward(self, n): return torch.arange(n, device=self.freqs.device)[:, None] * self.freqs.float()
+    def forward(self, n):
+        return torch.arange(n, device=self.freqs.device)[:, None] * self.freqs.float()
 
 # %% ../../nbs/3_models/04_stdit3.ipynb #45f7bd34
 class SelfAttention(nn.Module):
     "Every token of a row looks at all of the row, (n, tokens, dim)."
+
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.q_norm, self.k_norm = (nn.RMSNorm(dim // heads, eps=1e-6) for _ in range(2))
 
     def forward(self, x, angle=None):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if angle is not None: q, k = turn(q, angle), turn(k, angle)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        if angle is not None:
+            q = turn(q, angle)
+            k = turn(k, angle)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/3_models/04_stdit3.ipynb #685fecab
 class CrossAttention(nn.Module):
     "Every token (b, tokens, dim) looks at the words (b, words, dim) that `mask` (b, words) leaves."
+
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.q_linear, self.kv_linear, self.proj = heads, nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, y, mask=None):
         q = self.q_linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -116,11 +141,15 @@ class CrossAttention(nn.Module):
 # %% ../../nbs/3_models/04_stdit3.ipynb #d543a3d1
 class MLP(nn.Module):
     "Two layers with a GELU (its tanh approximation) between them."
+
     def __init__(self, inputs, hidden, outputs):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
 
-    def forward(self, x): return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
+
 
 def modulate(x, shift, scale):
     "Normalise the tokens `x`, then scale and shift them as the time says."
@@ -129,13 +158,18 @@ def modulate(x, shift, scale):
 # %% ../../nbs/3_models/04_stdit3.ipynb #edfa02d2
 class STDiT3Block(nn.Module):
     "Tokens (b, f, s, dim) to tokens; attention along the patches of a frame, or along the frames of a patch."
+
     def __init__(self, dim, heads, mlp_ratio, temporal):
         super().__init__()
-        self.temporal, self.scale_shift_table = temporal, nn.Parameter(torch.randn(6, dim) / dim**.5)
-        self.attn, self.cross_attn, self.mlp = SelfAttention(dim, heads), CrossAttention(dim, heads), MLP(dim, int(mlp_ratio * dim), dim)
+        self.temporal = temporal
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.attn = SelfAttention(dim, heads)
+        self.cross_attn = CrossAttention(dim, heads)
+        self.mlp = MLP(dim, int(mlp_ratio * dim), dim)
 
     def attend(self, x, angle):
-        if not self.temporal: return self.attn(x.flatten(0, 1)).view_as(x)
+        if not self.temporal:
+            return self.attn(x.flatten(0, 1)).view_as(x)
         x = x.transpose(1, 2)
         return self.attn(x.flatten(0, 1), angle).view_as(x).transpose(1, 2)
 
@@ -148,18 +182,23 @@ class STDiT3Block(nn.Module):
 # %% ../../nbs/3_models/04_stdit3.ipynb #04b83d4f
 class Captions(nn.Module):
     "Word vectors (b, words, channels) to tokens (b, words, dim); also keeps those of the empty caption."
+
     def __init__(self, channels, dim, words):
         super().__init__()
         self.y_proj = MLP(channels, dim, dim)
-        self.register_buffer('y_embedding', torch.randn(words, channels) / channels**.5)
+        self.register_buffer('y_embedding', torch.randn(words, channels) / channels**0.5)
 
-    def forward(self, y): return self.y_proj(y)
+    def forward(self, y):
+        return self.y_proj(y)
+
 
 class FinalLayer(nn.Module):
     "Tokens (b, f, s, dim) to patches (b, f, s, numbers of a patch)."
+
     def __init__(self, dim, outputs):
         super().__init__()
-        self.linear, self.scale_shift_table = nn.Linear(dim, outputs), nn.Parameter(torch.randn(2, dim) / dim**.5)
+        self.linear = nn.Linear(dim, outputs)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
 
     def steer(self, x, t):
         shift, scale = (self.scale_shift_table + t[:, :, None]).unbind(-2)
@@ -167,23 +206,43 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, t, clean=None, x_mask=None):
         x = self.steer(x, t)
-        if x_mask is not None: x = torch.where(x_mask[..., None, None], x, self.steer(x, clean)) # twice, as published
+        if x_mask is not None:
+            x = torch.where(x_mask[..., None, None], x, self.steer(x, clean))  # twice, as published
         return self.linear(x)
 
 # %% ../../nbs/3_models/04_stdit3.ipynb #87304114
 class STDiT3(nn.Module):
     "Open-Sora 1.2's denoiser; the defaults are those of the published STDiT3-XL/2."
-    def __init__(self, hidden_size=1152, depth=28, num_heads=16, in_channels=4, patch_size=(1, 2, 2), mlp_ratio=4., caption_channels=4096,
-                 model_max_length=300, input_sq_size=512):
+
+    def __init__(
+        self,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        in_channels=4,
+        patch_size=(1, 2, 2),
+        mlp_ratio=4.0,
+        caption_channels=4096,
+        model_max_length=300,
+        input_sq_size=512,
+    ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
-        self.patch, self.base, dim = tuple(patch_size), input_sq_size, hidden_size
-        self.rope, self.x_embedder = Rope(dim // num_heads), PatchEmbed(in_channels, dim, self.patch)
-        self.t_embedder, self.fps_embedder = NumberEmbed(dim), NumberEmbed(dim)
+        self.patch = tuple(patch_size)
+        self.base = input_sq_size
+        dim = hidden_size
+        self.rope = Rope(dim // num_heads)
+        self.x_embedder = PatchEmbed(in_channels, dim, self.patch)
+        self.t_embedder = NumberEmbed(dim)
+        self.fps_embedder = NumberEmbed(dim)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = Captions(caption_channels, dim, model_max_length)
-        blocks = lambda temporal: nn.ModuleList(STDiT3Block(dim, num_heads, mlp_ratio, temporal) for _ in range(depth))
-        self.spatial_blocks, self.temporal_blocks = blocks(False), blocks(True)
+
+        def blocks(temporal):
+            return nn.ModuleList(STDiT3Block(dim, num_heads, mlp_ratio, temporal) for _ in range(depth))
+
+        self.spatial_blocks = blocks(False)
+        self.temporal_blocks = blocks(True)
         self.final_layer = FinalLayer(dim, 2 * in_channels * self.patch[0] * self.patch[1] * self.patch[2])
 
     def times(self, t, fps):
@@ -191,7 +250,8 @@ class STDiT3(nn.Module):
         t = (self.t_embedder(t) + self.fps_embedder(fps))[:, None]
         return t, self.t_block(t).unflatten(-1, (6, -1))[:, None]
 
-    def forward(self,
+    def forward(
+        self,
         x,            # noisy latents (b, c, f, h, w)
         timestep,     # (b,) from 0, data, to 1000, noise
         y,            # word vectors (b, words, caption_channels)
@@ -200,13 +260,21 @@ class STDiT3(nn.Module):
         height,       # (b,) pixels
         width,        # (b,) pixels
         x_mask=None,  # (b, f) booleans: true for the frames to denoise; the others are given
-    ):                # (b, 2c, f, h, w)
+    ):  # (b, 2c, f, h, w)
         "Velocity towards the data, in the first half of the channels."
         h, w = (-(-n // p) for n, p in zip(x.shape[3:], self.patch[1:]))
-        tokens, y = self.x_embedder(x), self.y_embedder(y)
-        tokens = tokens + places(h, w, tokens.shape[-1], (height * width).float()**.5 / self.base)[:, None].to(tokens.dtype)
-        (t, six), (clean, clean_six), angle = self.times(timestep, fps), self.times(0 * timestep, fps), self.rope(tokens.shape[1])
-        if x_mask is not None: six = torch.where(x_mask[:, :, None, None, None], six, clean_six)
+        tokens = self.x_embedder(x)
+        y = self.y_embedder(y)
+        tokens = tokens + places(h, w, tokens.shape[-1], (height * width).float() ** 0.5 / self.base)[:, None].to(
+            tokens.dtype
+        )
+        (t, six), (clean, clean_six), angle = (
+            self.times(timestep, fps),
+            self.times(0 * timestep, fps),
+            self.rope(tokens.shape[1]),
+        )
+        if x_mask is not None:
+            six = torch.where(x_mask[:, :, None, None, None], six, clean_six)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks):
             tokens = temporal(spatial(tokens, y, mask, six, angle), y, mask, six, angle)
         return unpatch(self.final_layer(tokens, t, clean, x_mask), self.patch, x.shape[2:])

@@ -22,104 +22,200 @@ from .objects import borrow, first_weights, through_vae
 from ..zoo import load_net
 
 # %% ../../nbs/zoo/09_action.ipynb #d85c6d88
-def clips(g, n, # `torch.Generator`, how many
-          vae,  # the small `AutoencoderKL`
-          grades=('dull', 'any', 'any', 'vivid')):
-    "Clips (n, 8, 3, 64, 64) as bytes, one in six decoded, their activities (n,), and how strongly each is disturbed (n,)."
-    grade, m = grades[int(torch.randint(len(grades), (1,), generator=g))], n // 6
-    s, k = scenes(n, g, grade, framed=bool(torch.rand(1, generator=g) < .8), activity=torch.randint(len(ACTIVITIES), (n,), generator=g)), torch.zeros(n)
-    x, k[:m] = draw(s), torch.rand(m, generator=g) ** 2 * (torch.rand(m, generator=g) < .6)
+def clips(
+    # `torch.Generator`, how many
+    g,
+    n,
+    vae,  # the small `AutoencoderKL`
+    grades=('dull', 'any', 'any', 'vivid'),
+):
+    """Clips (n, 8, 3, 64, 64) as bytes, one in six decoded, their activities (n,), and how strongly each is disturbed
+    (n,).
+    """
+    grade = grades[int(torch.randint(len(grades), (1,), generator=g))]
+    m = n // 6
+    s = scenes(
+        n,
+        g,
+        grade,
+        framed=bool(torch.rand(1, generator=g) < 0.8),
+        activity=torch.randint(len(ACTIVITIES), (n,), generator=g),
+    )
+    k = torch.zeros(n)
+    x, k[:m] = draw(s), torch.rand(m, generator=g) ** 2 * (torch.rand(m, generator=g) < 0.6)
     x[:m] = from_frames(through_vae(to_frames(x[:m]), k[:m].repeat_interleave(8), vae, g), m)
     return (255 * x).round().byte(), s.activity, k
 
-def batch(pool, g, # clips, activities and disturbances as from `clips`, `torch.Generator`
-          n=16):
+
+def batch(
+    # clips, activities and disturbances as from `clips`, `torch.Generator`
+    pool,
+    g,
+    n=16,
+):
     "Clips (n, 8, 3, 64, 64) in [0, 1], half of them mirrored, a quarter spoiled, and their truth (n, 6)."
     i = torch.randint(len(pool[0]), (n,), generator=g)
-    x, activity, k = pool[0][i] / 255, pool[1][i], pool[2][i]
-    kinds = torch.where(torch.rand(n, generator=g) < .25, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
-    strength, m = torch.rand(n, generator=g), torch.rand(n, generator=g) < .5
+    x = pool[0][i] / 255
+    activity = pool[1][i]
+    k = pool[2][i]
+    kinds = torch.where(torch.rand(n, generator=g) < 0.25, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
+    strength = torch.rand(n, generator=g)
+    m = torch.rand(n, generator=g) < 0.5
     x = corrupt_some(x, kinds, strength, g)
     x[m] = x[m].flip(-1)
     return x, soft_labels(activity, torch.maximum(k, strength * (kinds >= 0)))
 
-def soft_labels(activity, # (n,)
-                k         # (n,) how strongly each clip is disturbed, in [0, 1]
-                ):
+
+def soft_labels(
+    activity,  # (n,)
+    k,         # (n,) how strongly each clip is disturbed, in [0, 1]
+):
     "The truth, mixed with not knowing from a disturbance of 0.3 on (n, 6)."
-    k = ((k - .3) / .7).clamp(0)[:, None]
+    k = ((k - 0.3) / 0.7).clamp(0)[:, None]
     return (1 - k) * F.one_hot(activity, len(ACTIVITIES)) + k / len(ACTIVITIES)
 
 # %% ../../nbs/zoo/09_action.ipynb #9dca64b0
-def make_videomae(clip=None # the small CLIP's image tower, to begin with
-                  ):
+def make_videomae(
+    clip=None,  # the small CLIP's image tower, to begin with
+):
     "The small `VideoMAEForVideoClassification`: 8 frames of 64x64 in tubelets of 4x8x8, 0.7 M parameters."
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-    net = VideoMAEForVideoClassification(VideoMAEConfig(image_size=64, patch_size=8, num_frames=8, tubelet_size=4, hidden_size=128, num_hidden_layers=4, hidden_act='quick_gelu',
-        num_attention_heads=4, intermediate_size=384, id2label=dict(enumerate(ACTIVITIES)), label2id={k: i for i, k in enumerate(ACTIVITIES)}))
-    if clip is not None: _look_through(net, clip)
+
+    net = VideoMAEForVideoClassification(
+        VideoMAEConfig(
+            image_size=64,
+            patch_size=8,
+            num_frames=8,
+            tubelet_size=4,
+            hidden_size=128,
+            num_hidden_layers=4,
+            hidden_act='quick_gelu',
+            num_attention_heads=4,
+            intermediate_size=384,
+            id2label=dict(enumerate(ACTIVITIES)),
+            label2id={k: i for i, k in enumerate(ACTIVITIES)},
+        )
+    )
+    if clip is not None:
+        _look_through(net, clip)
     return net
+
 
 @torch.no_grad()
 def _look_through(net, clip):
     "Put CLIP's weights into the classifier: a tubelet begins as the mean of its patches."
     conv = net.videomae.embeddings.patch_embeddings.projection
-    patch, bias, *_ = first_weights(clip, draw(scenes(64, 0, 'any'), torch.tensor([3.]))[:, 0])
-    conv.weight.copy_(patch[:, :, None] / conv.weight.shape[2]); conv.bias.copy_(bias)
+    patch, bias, *_ = first_weights(clip, draw(scenes(64, 0, 'any'), torch.tensor([3.0]))[:, 0])
+    conv.weight.copy_(patch[:, :, None] / conv.weight.shape[2])
+    conv.bias.copy_(bias)
     borrow(net.videomae.encoder.layer, clip)
 
-def action_loss(net, x, truth # clips (n, 8, 3, 64, 64) in [0, 1], (n, 6)
-                ):
+
+def action_loss(
+    # clips (n, 8, 3, 64, 64) in [0, 1], (n, 6)
+    net,
+    x,
+    truth,
+):
     "Cross entropy, and the share of clips whose likeliest class is right."
     logits = net(imagenet_normalise(x)).logits
     return F.cross_entropy(logits, truth), dict(right=(logits.argmax(1) == truth.argmax(1)).float().mean())
 
 # %% ../../nbs/zoo/09_action.ipynb #1a615029
 @torch.no_grad()
-def encode_clips(vae, x): # clips (n, 8, 3, 64, 64) in [0, 1]
+def encode_clips(
+    # clips (n, 8, 3, 64, 64) in [0, 1]
+    vae,
+    x,
+):
     "Latents (n, 8, 4, 8, 8)."
     return from_frames(vae.encode(2 * to_frames(x) - 1).latent_dist.mean, len(x))
 
-def decode_clips(vae, z): # (n, 8, 4, 8, 8)
+
+def decode_clips(
+    # (n, 8, 4, 8, 8)
+    vae,
+    z,
+):
     "Clips (n, 8, 3, 64, 64) in [0, 1]."
-    return from_frames(vae.decode(to_frames(z)).sample / 2 + .5, len(z)).clamp(0, 1)
+    return from_frames(vae.decode(to_frames(z)).sample / 2 + 0.5, len(z)).clamp(0, 1)
 
 # %% ../../nbs/zoo/09_action.ipynb #304d1bed
-def latent_pairs(vae, g, n=40): # `torch.Generator`, how many times 30 pairs
+def latent_pairs(
+    # `torch.Generator`, how many times 30 pairs
+    vae,
+    g,
+    n=40,
+):
     "Latents of 30 n scenes with a donut, of the same with a cookie, of 36 n of other activities, and which these are."
-    donuts, cookies, others = [], [], []
+    donuts = []
+    cookies = []
+    others = []
     activity = torch.tensor([k for k in range(len(ACTIVITIES)) if k not in (3, 4)] * 9)
     for i in range(n):
         grade = ['dull', 'dull', 'any'][i % 3]
         s = scenes(30, g, grade, activity=torch.full((30,), 3))
-        for part, o in ((donuts, s), (cookies, replace(s, activity=s.activity + 1)), (others, scenes(36, g, grade, activity=activity))): part.append(encode_clips(vae, draw(o)).half())
+        for part, o in (
+            (donuts, s),
+            (cookies, replace(s, activity=s.activity + 1)),
+            (others, scenes(36, g, grade, activity=activity)),
+        ):
+            part.append(encode_clips(vae, draw(o)).half())
     return *map(torch.cat, (donuts, cookies, others)), activity.repeat(n)
 
-def some_latents(pool, g, # as from `latent_pairs`, `torch.Generator`
-                 pairs=5, rest=3):
+
+def some_latents(
+    # as from `latent_pairs`, `torch.Generator`
+    pool,
+    g,
+    pairs=5,
+    rest=3,
+):
     "Latents (8, 8, 4, 8, 8), five of them of something between donut and cookie, and their truth (8, 6)."
     donuts, cookies, others, activity = pool
-    i, share = torch.randint(len(donuts), (pairs,), generator=g), torch.rand(pairs, generator=g)
-    share = torch.where(torch.rand(pairs, generator=g) < .5, share.round(), share)
+    i = torch.randint(len(donuts), (pairs,), generator=g)
+    share = torch.rand(pairs, generator=g)
+    share = torch.where(torch.rand(pairs, generator=g) < 0.5, share.round(), share)
     j = torch.randint(len(others), (rest,), generator=g)
     z = torch.cat([torch.lerp(cookies[i].float(), donuts[i].float(), share.view(-1, 1, 1, 1, 1)), others[j].float()])
-    truth = torch.cat([torch.stack([0 * share, 0 * share, 0 * share, share, 1 - share, 0 * share], 1), F.one_hot(activity[j], len(ACTIVITIES))])
-    return z + .2 * torch.rand(len(z), 1, 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g), truth
+    truth = torch.cat(
+        [
+            torch.stack([0 * share, 0 * share, 0 * share, share, 1 - share, 0 * share], 1),
+            F.one_hot(activity[j], len(ACTIVITIES)),
+        ]
+    )
+    return z + 0.2 * torch.rand(len(z), 1, 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g), truth
 
 # %% ../../nbs/zoo/09_action.ipynb #ea685c14
 class Misled:
-    "Batches of latents, each three times in a row, disturbed more and more as misleads the network that is trained on them."
-    def __init__(self, pool, most=.35): # as from `latent_pairs`, the largest change of a number
+    """Batches of latents, each three times in a row, disturbed more and more as misleads the network that is trained on
+    them.
+    """
+
+    def __init__(
+        self,
+        # as from `latent_pairs`, the largest change of a number
+        pool,
+        most=0.35,
+    ):
         self.pool, self.most, self.z = pool, most, None
 
-    def __call__(self, g, step): # `torch.Generator`
+    def __call__(
+        self,
+        # `torch.Generator`
+        g,
+        step,
+    ):
         "Disturbed latents that wait for their gradient, and their truth."
         if step % 3 == 0 or self.z is None:
-            self.z, self.truth = some_latents(self.pool, g); n = len(self.z)
-            self.size, self.still = self.most * torch.rand(n, 1, 1, 1, 1, generator=g), torch.rand(n, 1, 1, 1, 1, generator=g) < .7
+            self.z, self.truth = some_latents(self.pool, g)
+            n = len(self.z)
+            self.size = self.most * torch.rand(n, 1, 1, 1, 1, generator=g)
+            self.still = torch.rand(n, 1, 1, 1, 1, generator=g) < 0.7
             d = 2 * torch.rand(self.z.shape, generator=g) - 1
             self.d = self.size * torch.where(self.still, d[:, :1], d)
-        d = self.d.clone().requires_grad_(); d.register_hook(self.push)
+        d = self.d.clone().requires_grad_()
+        d.register_hook(self.push)
         return self.z + d, self.truth
 
     def push(self, grad):
@@ -128,7 +224,15 @@ class Misled:
         self.d = (self.d + self.size * up).clamp(-self.size, self.size)
 
 # %% ../../nbs/zoo/09_action.ipynb #a9e3af55
-def lesson(net, vae, misled, pool, g, step): # classifier, `Misled`, clips, `torch.Generator`
+def lesson(
+    # classifier, `Misled`, clips, `torch.Generator`
+    net,
+    vae,
+    misled,
+    pool,
+    g,
+    step,
+):
     "The second round: the loss on eight misleading clips and eight others, and what to log."
     z, truth = misled(g, step)
     x, others = batch(pool, g, 8)
@@ -136,8 +240,16 @@ def lesson(net, vae, misled, pool, g, step): # classifier, `Misled`, clips, `tor
 
 # %% ../../nbs/zoo/09_action.ipynb #b9a93667
 @torch.enable_grad()
-def worst_latents(net, vae, z, truth, # classifier, (n, 8, 4, 8, 8), (n, 6)
-                  most=.35, steps=5): # the largest change of a number
+def worst_latents(
+    # classifier, (n, 8, 4, 8, 8), (n, 6)
+    net,
+    vae,
+    z,
+    truth,
+    # the largest change of a number
+    most=0.35,
+    steps=5,
+):
     "Latents disturbed, the same in each frame, so that they mislead the classifier most."
     d = torch.zeros_like(z[:, :1])
     for _ in range(steps):
@@ -151,39 +263,76 @@ def ask(net, x):
     "Probabilities of all classes (n, 6)."
     return torch.cat([net(imagenet_normalise(o)).logits.softmax(-1) for o in x.split(50)])
 
+
 def quality(net, vae, n=150, seed=1_000_003):
-    "Accuracy on held-out clips of each grade and on what the VAE leaves of some, and the mean probability of the true class as clips are spoiled."
-    truth, percent, out = torch.arange(n) % len(ACTIVITIES), lambda m: f'{m.float().mean().item():.1%}', {}
-    own = lambda o: percent(ask(net, o).gather(1, truth[:len(o), None]))
+    """Accuracy on held-out clips of each grade and on what the VAE leaves of some, and the mean probability of the true
+    class as clips are spoiled.
+    """
+    truth = torch.arange(n) % len(ACTIVITIES)
+    def percent(m):
+        return f'{m.float().mean().item():.1%}'
+
+    out = {}
+
+    def own(o):
+        return percent(ask(net, o).gather(1, truth[: len(o), None]))
+
     for grade in ('dull', 'vivid', 'any'):
         x = draw(scenes(n, seed, grade, activity=truth))
         out[f'accuracy {grade}'] = percent(ask(net, x).argmax(1) == truth)
-    z, wanted = encode_clips(vae, x[:60]), F.one_hot(truth[:60], len(ACTIVITIES)).float()
-    decoded, misled = [torch.cat([decode_clips(vae, o) for o in zs.split(10)]) for zs in (z, torch.cat([worst_latents(net, vae, *o) for o in zip(z.split(10), wanted.split(10))]))]
-    out |= {'accuracy any, decoded': percent(ask(net, decoded).argmax(1) == truth[:60]), 'probability of the true class': own(x)}
+    z = encode_clips(vae, x[:60])
+    wanted = F.one_hot(truth[:60], len(ACTIVITIES)).float()
+    decoded, misled = [
+        torch.cat([decode_clips(vae, o) for o in zs.split(10)])
+        for zs in (z, torch.cat([worst_latents(net, vae, *o) for o in zip(z.split(10), wanted.split(10))]))
+    ]
+    out |= {
+        'accuracy any, decoded': percent(ask(net, decoded).argmax(1) == truth[:60]),
+        'probability of the true class': own(x),
+    }
     out |= {'the same, decoded': own(decoded), 'the same, from the most misleading latents': own(misled)}
-    return out | {f'the same, {kind} of strength 0.7': own(corrupt(x, kind, torch.full((n,), .7), make_generator(0))) for kind in CORRUPTIONS}
+    return out | {
+        f'the same, {kind} of strength 0.7': own(corrupt(x, kind, torch.full((n,), 0.7), make_generator(0)))
+        for kind in CORRUPTIONS
+    }
 
 # %% ../../nbs/zoo/09_action.ipynb #a55d2db0
 ABOUT = 'A `VideoMAEForVideoClassification` that names the activity in a clip of the small world.'
+
 
 def _publish(state, step, vae, a):
     "Write averaged weights as a checkpoint with its card and its processor's settings."
     from transformers import VideoMAEImageProcessor
     from vader_nb.rewards.objects import IMAGENET_MEAN, IMAGENET_STD
-    net = make_videomae(); net.load_state_dict(state); net.eval()
-    facts = dict(data=f'{a.clips} clips of all grades, 1 in 6 decoded by the VAE, 1 in 4 spoiled', steps=f'{a.steps}, then {step} of {a.late} half on misleading latents, batch 16', seed='9, then 10', start='image tower of the small CLIP',
-                 command='python -m vader_nb.pretrain.action')
+
+    net = make_videomae()
+    net.load_state_dict(state)
+    net.eval()
+    facts = dict(
+        data=f'{a.clips} clips of all grades, 1 in 6 decoded by the VAE, 1 in 4 spoiled',
+        steps=f'{a.steps}, then {step} of {a.late} half on misleading latents, batch 16',
+        seed='9, then 10',
+        start='image tower of the small CLIP',
+        command='python -m vader_nb.pretrain.action',
+    )
     with atomic_path(a.to) as d:
         net.half().save_pretrained(d)
-        VideoMAEImageProcessor(size=dict(shortest_edge=64), crop_size=dict(height=64, width=64), image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD).save_pretrained(d)
+        VideoMAEImageProcessor(
+            size=dict(shortest_edge=64),
+            crop_size=dict(height=64, width=64),
+            image_mean=IMAGENET_MEAN,
+            image_std=IMAGENET_STD,
+        ).save_pretrained(d)
         write_card(d, 'Small action classifier', ABOUT, facts, quality(net.float(), vae))
+
 
 def _pool(file, a, vae):
     "The clips to train on, from their file, or made and filed."
     if not file.exists():
-        g = make_generator(9); parts = [clips(g, 48, vae) for _ in range(a.clips // 48)]
-        with atomic_path(file) as f: torch.save(tuple(map(torch.cat, zip(*parts))), f)
+        g = make_generator(9)
+        parts = [clips(g, 48, vae) for _ in range(a.clips // 48)]
+        with atomic_path(file) as f:
+            torch.save(tuple(map(torch.cat, zip(*parts))), f)
     return torch.load(file, weights_only=True)
 
 # %% ../../nbs/zoo/09_action.ipynb #31c4fb31
@@ -191,13 +340,48 @@ def main(argv=None):
     "Train the action classifier."
     from diffusers import AutoencoderKL
     from transformers import CLIPVisionModelWithProjection
-    a = options(argv, main.__doc__, steps=400, late=900, out='runs/zoo/action', to='vader_nb/checkpoints/videomae', clips=4_800,
-                vae='vader_nb/checkpoints/modelscope/vae', clip='vader_nb/checkpoints/clip')
-    vae = AutoencoderKL.from_pretrained(a.vae).float().eval().requires_grad_(False)
-    torch.manual_seed(9); net, pool = make_videomae(load_net(CLIPVisionModelWithProjection, a.clip)), _pool(Path(a.out) / 'data.pt', a, vae)
-    net.load_state_dict(pretrain(net, lambda g, step: action_loss(net, *batch(pool, g)), a.steps, a.out, lr=6e-4, ema=.995, weight_decay=.05, seed=9))
-    misled = Misled(latent_pairs(vae, make_generator(33)))
-    pretrain(net, lambda g, step: lesson(net, vae, misled, pool, g, step), a.late, Path(a.out)/'late', lr=4e-4, ema=.99, weight_decay=.05, seed=10, save_every=900,
-             milestone=lambda w, step: _publish(w, step, vae, a))
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+    a = options(
+        argv,
+        main.__doc__,
+        steps=400,
+        late=900,
+        out='runs/zoo/action',
+        to='vader_nb/checkpoints/videomae',
+        clips=4_800,
+        vae='vader_nb/checkpoints/modelscope/vae',
+        clip='vader_nb/checkpoints/clip',
+    )
+    vae = AutoencoderKL.from_pretrained(a.vae).float().eval().requires_grad_(False)
+    torch.manual_seed(9)
+    net = make_videomae(load_net(CLIPVisionModelWithProjection, a.clip))
+    pool = _pool(Path(a.out) / 'data.pt', a, vae)
+    net.load_state_dict(
+        pretrain(
+            net,
+            lambda g, step: action_loss(net, *batch(pool, g)),
+            a.steps,
+            a.out,
+            lr=6e-4,
+            ema=0.995,
+            weight_decay=0.05,
+            seed=9,
+        )
+    )
+    misled = Misled(latent_pairs(vae, make_generator(33)))
+    pretrain(
+        net,
+        lambda g, step: lesson(net, vae, misled, pool, g, step),
+        a.late,
+        Path(a.out) / 'late',
+        lr=4e-4,
+        ema=0.99,
+        weight_decay=0.05,
+        seed=10,
+        save_every=900,
+        milestone=lambda w, step: _publish(w, step, vae, a),
+    )
+
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

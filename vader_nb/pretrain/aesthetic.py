@@ -17,58 +17,89 @@ from .loop import options, pretrain, write_card
 
 # %% ../../nbs/zoo/05_aesthetic.ipynb #303956a5
 @torch.no_grad()
-def decoded(g, n, # `torch.Generator`, how many
-            vae   # the small `AutoencoderKL`
-           ):
-    "Frames decoded from latents that were stretched, shifted and disturbed (n, 3, 64, 64), and the ratings they deserve (n,)."
+def decoded(
+    # `torch.Generator`, how many
+    g,
+    n,
+    vae,  # the small `AutoencoderKL`
+):
+    """Frames decoded from latents that were stretched, shifted and disturbed (n, 3, 64, 64), and the ratings they
+    deserve (n,).
+    """
     x = draw(scenes(n, g, 'any'), 16 * torch.rand(1, generator=g))[:, 0]
-    u = lambda lo, hi, *s: lo + (hi - lo) * torch.rand(n, *s, 1, 1, 1, generator=g)
-    z = vae.encode(2 * x - 1).latent_dist.mean * u(.4, 2.) + .6 * torch.randn(n, 4, 1, 1, generator=g) * (u(0, 1) < .5)
-    k = u(0, 1) ** 2 * (u(0, 1) < .7)                                         # how strongly disturbed
+
+    def u(lo, hi, *s):
+        return lo + (hi - lo) * torch.rand(n, *s, 1, 1, 1, generator=g)
+
+    z = vae.encode(2 * x - 1).latent_dist.mean * u(0.4, 2.0) + 0.6 * torch.randn(n, 4, 1, 1, generator=g) * (
+        u(0, 1) < 0.5
+    )
+    k = u(0, 1) ** 2 * (u(0, 1) < 0.7)  # how strongly disturbed
     rough = torch.randn(z.shape, generator=g)
     smooth = F.interpolate(torch.randn(n, 4, 3, 3, generator=g), z.shape[-2:], mode='bilinear')
-    noise = torch.where(u(0, 1) < .5, rough, 1.5 * smooth)
-    clean, y = ((vae.decode(o).sample / 2 + .5).clamp(0, 1) for o in (z, z + 2 * k * noise))
+    noise = torch.where(u(0, 1) < 0.5, rough, 1.5 * smooth)
+    clean, y = ((vae.decode(o).sample / 2 + 0.5).clamp(0, 1) for o in (z, z + 2 * k * noise))
     return y, label(rate(clean), rate(y), k.flatten())
 
 # %% ../../nbs/zoo/05_aesthetic.ipynb #cbde98ea
 @torch.no_grad()
-def dataset(reward, vae, # an `Aesthetic` (only its eyes are used), the small `AutoencoderKL`
-            n,           # how many, rounded down to whole batches of 128
-            seed):
+def dataset(
+    # an `Aesthetic` (only its eyes are used), the small `AutoencoderKL`
+    reward,
+    vae,
+    n,  # how many, rounded down to whole batches of 128
+    seed,
+):
     "Embeddings (n, d) and ratings (n,) of pictures, half drawn, half decoded."
-    g, E, R = make_generator(seed), [], []
+    g = make_generator(seed)
+    E = []
+    R = []
     for i in range(n // 128):
-        x, *_, r = pictures(g, 64); y, q = decoded(g, 64, vae)
-        E.append(reward.embed(torch.cat([x, y]))); R.append(torch.cat([r, q]))
+        x, *_, r = pictures(g, 64)
+        y, q = decoded(g, 64, vae)
+        E.append(reward.embed(torch.cat([x, y])))
+        R.append(torch.cat([r, q]))
     return torch.cat(E), torch.cat(R)
 
 # %% ../../nbs/zoo/05_aesthetic.ipynb #8de2d31a
-WIDTHS = (64, 64, 32, 16, 8)   # inputs of the head's five layers
+WIDTHS = (64, 64, 32, 16, 8)  # inputs of the head's five layers
+
 
 @torch.no_grad()
-def quality(head, E, R): # an `AestheticHead`, embeddings (n, d), ratings (n,)
+def quality(
+    # an `AestheticHead`, embeddings (n, d), ratings (n,)
+    head,
+    E,
+    R,
+):
     "Error and correlation on held-out pictures."
     p = head(E)
-    return {'RMSE': round((p - R).pow(2).mean().sqrt().item(), 2), 'correlation': round(torch.corrcoef(torch.stack([p, R]))[0, 1].item(), 3)}
+    return {
+        'RMSE': round((p - R).pow(2).mean().sqrt().item(), 2),
+        'correlation': round(torch.corrcoef(torch.stack([p, R]))[0, 1].item(), 3),
+    }
 
 # %% ../../nbs/zoo/05_aesthetic.ipynb #516801ea
 ABOUT = "Rates a frame from 1 to 10 from the small CLIP's image embedding, as LAION's head does from CLIP ViT-L/14's."
+
 
 def _pictures(file, a):
     "Embeddings and ratings to train on and to measure with, from their file, or made and filed."
     from diffusers import AutoencoderKL
     from transformers import CLIPVisionModelWithProjection
+
     if not file.exists():
         reward = Aesthetic(CLIPVisionModelWithProjection.from_pretrained(a.clip).float().eval(), AestheticHead(WIDTHS))
         vae = AutoencoderKL.from_pretrained(a.vae).float().eval()
-        with atomic_path(file) as f: torch.save((*dataset(reward, vae, a.pictures, 3), *dataset(reward, vae, 2048, 1_000_003)), f)
+        with atomic_path(file) as f:
+            torch.save((*dataset(reward, vae, a.pictures, 3), *dataset(reward, vae, 2048, 1_000_003)), f)
     return torch.load(file, weights_only=True)
 
 # %% ../../nbs/zoo/05_aesthetic.ipynb #7dbdb983
 def _publish(head, facts, quality, to):
     "Write the head as a checkpoint with its card."
     from safetensors.torch import save_file
+
     with atomic_path(to) as d:
         d.mkdir(parents=True)
         save_file({k: v.half().contiguous() for k, v in head.state_dict().items()}, d / 'model.safetensors')
@@ -77,17 +108,35 @@ def _publish(head, facts, quality, to):
 # %% ../../nbs/zoo/05_aesthetic.ipynb #57e36096
 def main(argv=None):
     "Train the aesthetic head."
-    a = options(argv, main.__doc__, steps=4000, out='runs/zoo/aesthetic', to='vader_nb/checkpoints/aesthetic', pictures=24_000,
-                vae='vader_nb/checkpoints/modelscope/vae', clip='vader_nb/checkpoints/clip')
-    torch.manual_seed(3); head = AestheticHead(WIDTHS); head.layers[-1].bias.data += 5
+    a = options(
+        argv,
+        main.__doc__,
+        steps=4000,
+        out='runs/zoo/aesthetic',
+        to='vader_nb/checkpoints/aesthetic',
+        pictures=24_000,
+        vae='vader_nb/checkpoints/modelscope/vae',
+        clip='vader_nb/checkpoints/clip',
+    )
+    torch.manual_seed(3)
+    head = AestheticHead(WIDTHS)
+    head.layers[-1].bias.data += 5
     E, R, E_test, R_test = _pictures(Path(a.out) / 'data.pt', a)
+
     def loss_fn(g, step):
         i = torch.randint(len(E), (512,), generator=g)
         err = (head(E[i]) - R[i]).pow(2).mean()
         return err, dict(rmse=err.detach().sqrt())
+
     head.load_state_dict(pretrain(head, loss_fn, a.steps, a.out, lr=2e-3, seed=3, weight_decay=1e-3))
-    facts = dict(data=f'{len(E)} pictures, half drawn, half decoded from disturbed latents, rated by the rule', steps=f'{a.steps}, batch 512', seed=3,
-                 command='python -m vader_nb.pretrain.aesthetic')
+    facts = dict(
+        data=f'{len(E)} pictures, half drawn, half decoded from disturbed latents, rated by the rule',
+        steps=f'{a.steps}, batch 512',
+        seed=3,
+        command='python -m vader_nb.pretrain.aesthetic',
+    )
     _publish(head, facts, quality(head.eval(), E_test, R_test), a.to)
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

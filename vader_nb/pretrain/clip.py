@@ -19,64 +19,137 @@ from .loop import options, pretrain, write_card
 
 # %% ../../nbs/zoo/02_clip.ipynb #c0aac204
 LOOKS = ['ugly', 'plain', 'nice', 'beautiful']
-STYLES = dict(noise='noisy', blur='blurry', blotches='broken', pixels='broken', waves='broken', vivid='colorful', dull='dull')
+STYLES = dict(
+    noise='noisy', blur='blurry', blotches='broken', pixels='broken', waves='broken', vivid='colorful', dull='dull'
+)
 MAX_TOKENS = 20
+
 
 def world_words():
     "Every word of the captions, sorted."
     more = ['an picture of wearing hat next to without video']
-    return sorted({w for names in (ANIMALS, ACTIVITIES, OBJECTS, COLOURS, LOOKS, STYLES.values(), more) for n in names for w in n.split()})
+    return sorted(
+        {
+            w
+            for names in (ANIMALS, ACTIVITIES, OBJECTS, COLOURS, LOOKS, STYLES.values(), more)
+            for n in names
+            for w in n.split()
+        }
+    )
 
-def make_tokenizer(folder): # where to save it
+
+def make_tokenizer(
+    folder,  # where to save it
+):
     "Train and save a `CLIPTokenizer` that knows the world's words."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
-    tok = Tokenizer(models.BPE(end_of_word_suffix='</w>')); tok.pre_tokenizer = pre_tokenizers.Whitespace(); tok.normalizer = normalizers.Lowercase()
+
+    tok = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    tok.normalizer = normalizers.Lowercase()
     letters = list('abcdefghijklmnopqrstuvwxyz0123456789,.!?-')
-    trainer = trainers.BpeTrainer(vocab_size=900, min_frequency=20, end_of_word_suffix='</w>', special_tokens=['<|startoftext|>', '<|endoftext|>'],
-                                  initial_alphabet=letters, show_progress=False)
-    tok.train_from_iterator([w for w in world_words() for _ in range(20)] + letters * 3 + [f'{l}{m}' for l in letters for m in letters], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        min_frequency=20,
+        end_of_word_suffix='</w>',
+        special_tokens=['<|startoftext|>', '<|endoftext|>'],
+        initial_alphabet=letters,
+        show_progress=False,
+    )
+    tok.train_from_iterator(
+        [w for w in world_words() for _ in range(20)] + letters * 3 + [f'{line}{m}' for line in letters for m in letters],
+        trainer,
+    )
     merges = [tuple(m) for m in json.loads(tok.to_str())['model']['merges']]
     clip = CLIPTokenizer(vocab=tok.get_vocab(), merges=merges, model_max_length=MAX_TOKENS)
     clip.save_pretrained(folder)
     return clip
 
 # %% ../../nbs/zoo/02_clip.ipynb #5023abcf
-def make_clip(vocab, # number of tokens
-              eos    # the end mark's number, whose vector becomes the text's
-             ):
+def make_clip(
+    vocab,  # number of tokens
+    eos,    # the end mark's number, whose vector becomes the text's
+):
     "The small `CLIPModel`: text tower of width 64, image tower of width 128 on 8x8 patches, embeddings of 64."
     from transformers import CLIPConfig, CLIPModel
-    text = dict(vocab_size=vocab, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, projection_dim=64,
-                max_position_embeddings=MAX_TOKENS, bos_token_id=eos - 1, eos_token_id=eos, pad_token_id=eos)
-    vision = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8, projection_dim=64)
+
+    text = dict(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=64,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=eos - 1,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    vision = dict(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        projection_dim=64,
+    )
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
-def pictures(g, # `torch.Generator`
-             n):
-    "Frames (n, 3, 64, 64) of every quality, the scenes they show, how each is spoiled (kind, strength (n,)) and the rating it deserves (n,)."
-    s = scenes(n, g, ['dull', 'any', 'any', 'vivid'][int(torch.randint(4, (1,), generator=g))], framed=bool(torch.rand(1, generator=g) < .75))
+
+def pictures(
+    g,  # `torch.Generator`
+    n,
+):
+    """Frames (n, 3, 64, 64) of every quality, the scenes they show, how each is spoiled (kind, strength (n,)) and the
+    rating it deserves (n,).
+    """
+    s = scenes(
+        n,
+        g,
+        ['dull', 'any', 'any', 'vivid'][int(torch.randint(4, (1,), generator=g))],
+        framed=bool(torch.rand(1, generator=g) < 0.75),
+    )
     clean = draw(s, 16 * torch.rand(1, generator=g))
-    kinds = torch.where(torch.rand(n, generator=g) < .35, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
+    kinds = torch.where(torch.rand(n, generator=g) < 0.35, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
     k = torch.rand(n, generator=g)
     x = corrupt_some(clean, kinds, k, g)
     rating = torch.where(kinds < 0, rate(clean), label(rate(clean), rate(x), k))
     return x[:, 0], s, kinds, k, rating
 
-def web_captions(s, kinds, k, rating, # as from `pictures`
-                 g): # `torch.Generator`
+
+def web_captions(
+    # as from `pictures`
+    s,
+    kinds,
+    k,
+    rating,
+    g,  # `torch.Generator`
+):
     "True captions, half of them with a word on how the picture looks."
-    u, told = torch.rand(len(s), generator=g), torch.rand(len(s), generator=g) < .6
+    u = torch.rand(len(s), generator=g)
+    told = torch.rand(len(s), generator=g) < 0.6
+
     def prefix(i):
-        if u[i] < .5: return ''
-        if u[i] < .75: return f"a {LOOKS[min(3, max(0, int((rating[i] - 2) / 2)))]} picture of ".replace('a ugly', 'an ugly')
-        if kinds[i] >= 0 and k[i] > .2: return f'a {STYLES[CORRUPTIONS[kinds[i]]]} picture of '
-        return f"a {STYLES['vivid' if s.saturation[i] > .75 else 'dull']} picture of "
+        if u[i] < 0.5:
+            return ''
+        if u[i] < 0.75:
+            return f"a {LOOKS[min(3, max(0, int((rating[i] - 2) / 2)))]} picture of ".replace('a ugly', 'an ugly')
+        if kinds[i] >= 0 and k[i] > 0.2:
+            return f'a {STYLES[CORRUPTIONS[kinds[i]]]} picture of '
+        return f"a {STYLES['vivid' if s.saturation[i] > 0.75 else 'dull']} picture of "
+
     return [prefix(i) + c for i, c in enumerate(captions(s, told.tolist()))]
 
 # %% ../../nbs/zoo/02_clip.ipynb #51956798
-def clip_loss(clip, tok, g, # network, tokenizer, `torch.Generator`
-              n=96):        # pairs in the batch
+def clip_loss(
+    # network, tokenizer, `torch.Generator`
+    clip,
+    tok,
+    g,
+    n=96,  # pairs in the batch
+):
     "Contrastive loss of a random batch, and how often a picture finds its caption."
     x, s, kinds, k, rating = pictures(g, n)
     text = web_captions(s, kinds, k, rating, g)
@@ -93,30 +166,59 @@ def clip_loss(clip, tok, g, # network, tokenizer, `torch.Generator`
 def quality(clip, tok, n=400, seed=1_000_003):
     "Zero-shot accuracy on held-out frames: which caption fits best."
     x = draw(s := scenes(n, seed, 'any'), torch.tensor([3.3]))[:, 0]
-    feat = lambda o: F.normalize(o if torch.is_tensor(o) else o.pooler_output, dim=-1)
+
+    def feat(o):
+        return F.normalize(o if torch.is_tensor(o) else o.pooler_output, dim=-1)
+
     img = feat(clip.get_image_features(pixel_values=clip_normalise(x)))
+
     def accuracy(names, truth, m=slice(None)):
         t = tok([f'a {o}' for o in names], padding='max_length', return_tensors='pt')
         return f"{(img[m] @ feat(clip.get_text_features(**t)).T).argmax(1).eq(truth[m]).float().mean().item():.1%}"
+
     return {'animal': accuracy(ANIMALS, s.animal), 'activity': accuracy([f'fox {a}' for a in ACTIVITIES], s.activity)}
 
-ABOUT = 'A `CLIPModel` trained on frames of the small world and their captions. Pictures are normalised as for every CLIP.'
+
+ABOUT = (
+    'A `CLIPModel` trained on frames of the small world and their captions. Pictures are normalised as for every CLIP.'
+)
+
 
 def _publish(state, step, tok, a):
     "Write averaged weights as a checkpoint with its card."
-    clip = make_clip(len(tok), tok.eos_token_id); clip.load_state_dict(state); clip.eval()
-    facts = dict(data='frames and captions drawn on the fly, all grades, 1 in 3 spoiled', steps=f'{step} of {a.steps}, batch 96', seed=0,
-                 command='python -m vader_nb.pretrain.clip')
+    clip = make_clip(len(tok), tok.eos_token_id)
+    clip.load_state_dict(state)
+    clip.eval()
+    facts = dict(
+        data='frames and captions drawn on the fly, all grades, 1 in 3 spoiled',
+        steps=f'{step} of {a.steps}, batch 96',
+        seed=0,
+        command='python -m vader_nb.pretrain.clip',
+    )
     with atomic_path(a.to) as d:
-        clip.half().save_pretrained(d); tok.save_pretrained(d)
+        clip.half().save_pretrained(d)
+        tok.save_pretrained(d)
         write_card(d, 'Small CLIP', ABOUT, facts, quality(clip.float(), tok))
+
 
 def main(argv=None):
     "Train CLIP and its tokenizer."
     a = options(argv, main.__doc__, steps=2500, out='runs/zoo/clip', to='vader_nb/checkpoints/clip')
-    torch.manual_seed(0); Path(a.out).mkdir(parents=True, exist_ok=True)
-    tok = make_tokenizer(Path(a.out) / 'tokenizer'); clip = make_clip(len(tok), tok.eos_token_id)
-    pretrain(clip, lambda g, step: clip_loss(clip, tok, g), a.steps, a.out, lr=1e-3, weight_decay=.02, save_every=240,
-             milestone=lambda w, step: _publish(w, step, tok, a))
+    torch.manual_seed(0)
+    Path(a.out).mkdir(parents=True, exist_ok=True)
+    tok = make_tokenizer(Path(a.out) / 'tokenizer')
+    clip = make_clip(len(tok), tok.eos_token_id)
+    pretrain(
+        clip,
+        lambda g, step: clip_loss(clip, tok, g),
+        a.steps,
+        a.out,
+        lr=1e-3,
+        weight_decay=0.02,
+        save_every=240,
+        milestone=lambda w, step: _publish(w, step, tok, a),
+    )
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

@@ -18,20 +18,44 @@ from ..world.scenes import scenes
 def make_depth():
     "The small `DepthAnythingForDepthEstimation`."
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
-    backbone = Dinov2Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=3, image_size=64, patch_size=8,
-                            out_features=['stage1', 'stage2', 'stage3', 'stage4'], reshape_hidden_states=False)
-    return DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone, patch_size=8, reassemble_hidden_size=64,
-        neck_hidden_sizes=[16, 24, 32, 48], fusion_hidden_size=32, head_hidden_size=16))
+
+    backbone = Dinov2Config(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        mlp_ratio=3,
+        image_size=64,
+        patch_size=8,
+        out_features=['stage1', 'stage2', 'stage3', 'stage4'],
+        reshape_hidden_states=False,
+    )
+    return DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=backbone,
+            patch_size=8,
+            reassemble_hidden_size=64,
+            neck_hidden_sizes=[16, 24, 32, 48],
+            fusion_hidden_size=32,
+            head_hidden_size=16,
+        )
+    )
 
 # %% ../../nbs/zoo/15_depth.ipynb #dd504605
-def depths(g, # `torch.Generator`
-           n=32):
+def depths(
+    g,  # `torch.Generator`
+    n=32,
+):
     "Frames (n, 3, 64, 64), a third of them spoiled, and their true inverse depths (n, 64, 64)."
-    s = scenes(n, g, ['dull', 'any', 'vivid'][int(torch.randint(3, (1,), generator=g))], framed=bool(torch.rand(1, generator=g) < .7))
+    s = scenes(
+        n,
+        g,
+        ['dull', 'any', 'vivid'][int(torch.randint(3, (1,), generator=g))],
+        framed=bool(torch.rand(1, generator=g) < 0.7),
+    )
     video, depth = world_depth(s, 16 * torch.rand(1, generator=g))
-    kinds = torch.where(torch.rand(n, generator=g) < .33, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
-    x = corrupt_some(video, kinds, .6 * torch.rand(n, generator=g), g)
-    flip = (torch.rand(n, generator=g) < .5).view(-1, 1, 1, 1, 1)
+    kinds = torch.where(torch.rand(n, generator=g) < 0.33, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
+    x = corrupt_some(video, kinds, 0.6 * torch.rand(n, generator=g), g)
+    flip = (torch.rand(n, generator=g) < 0.5).view(-1, 1, 1, 1, 1)
     x, depth = [torch.where(flip, v.flip(-1), v)[:, 0] for v in (x, depth)]
     return x, depth[:, 0]
 
@@ -42,28 +66,59 @@ def depth_loss(net, g):
     guess = net(pixel_values=imagenet_normalise(x)).predicted_depth
     return (guess - depth).abs().mean(), dict(correlation=correlation(guess, depth).mean())
 
+
 @torch.no_grad()
 def quality(net, n=200, seed=1_000_003):
     "Mean correlation with the truth on held-out frames, clean and spoiled at strength 0.3."
     video, depth = world_depth(scenes(n, seed, 'any'), torch.tensor([3.3]))
-    bad = torch.cat([corrupt(o, kind, torch.full((len(o),), .3), make_generator(seed)) for o, kind in zip(video.chunk(5), CORRUPTIONS)])
-    score = lambda v: correlation(net(pixel_values=imagenet_normalise(v[:, 0])).predicted_depth, depth[:, 0, 0]).mean().item()
+    bad = torch.cat(
+        [
+            corrupt(o, kind, torch.full((len(o),), 0.3), make_generator(seed))
+            for o, kind in zip(video.chunk(5), CORRUPTIONS)
+        ]
+    )
+
+    def score(v):
+        return correlation(net(pixel_values=imagenet_normalise(v[:, 0])).predicted_depth, depth[:, 0, 0]).mean().item()
+
     return {'correlation, clean': round(score(video), 3), 'correlation, spoiled': round(score(bad), 3)}
+
 
 ABOUT = 'A `DepthAnythingForDepthEstimation` trained on frames of the small world and their inverse depths.'
 
+
 def _publish(state, step, a):
     "Write averaged weights as a checkpoint with its card."
-    net = make_depth(); net.load_state_dict(state); net.eval()
-    facts = dict(data='frames drawn on the fly, all grades, 1 in 3 spoiled', steps=f'{step} of {a.steps}, batch 32', seed=0, command='python -m vader_nb.pretrain.depth')
+    net = make_depth()
+    net.load_state_dict(state)
+    net.eval()
+    facts = dict(
+        data='frames drawn on the fly, all grades, 1 in 3 spoiled',
+        steps=f'{step} of {a.steps}, batch 32',
+        seed=0,
+        command='python -m vader_nb.pretrain.depth',
+    )
     with atomic_path(a.to) as d:
         net.half().save_pretrained(d)
         write_card(d, 'Small depth network', ABOUT, facts, quality(net.float()))
 
+
 def main(argv=None):
     "Train the depth network."
     a = options(argv, main.__doc__, steps=600, out='runs/zoo/depth', to='vader_nb/checkpoints/depth')
-    torch.manual_seed(0); net = make_depth()
-    pretrain(net, lambda g, step: depth_loss(net, g), a.steps, a.out, lr=1e-3, ema=.995, save_every=240, milestone=lambda w, step: _publish(w, step, a))
+    torch.manual_seed(0)
+    net = make_depth()
+    pretrain(
+        net,
+        lambda g, step: depth_loss(net, g),
+        a.steps,
+        a.out,
+        lr=1e-3,
+        ema=0.995,
+        save_every=240,
+        milestone=lambda w, step: _publish(w, step, a),
+    )
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

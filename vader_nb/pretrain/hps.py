@@ -19,128 +19,237 @@ from .loop import options, pretrain, write_card
 from ..zoo import load_net, read_part
 
 # %% ../../nbs/zoo/06_hps.ipynb #57f8f659
-CONFIG = dict(embed_dim=64, quick_gelu=True,
-              vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8, mlp_ratio=3.),
-              text_cfg=dict(context_length=20, vocab_size=243, width=64, heads=4, layers=3, pool_type='eos', eos_id=1))
+CONFIG = dict(
+    embed_dim=64,
+    quick_gelu=True,
+    vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8, mlp_ratio=3.0),
+    text_cfg=dict(context_length=20, vocab_size=243, width=64, heads=4, layers=3, pool_type='eos', eos_id=1),
+)
 
-def _half(w, theirs, ours): # state dict of a `CLIPModel`, prefixes there and here
+
+def _half(
+    # state dict of a `CLIPModel`, prefixes there and here
+    w,
+    theirs,
+    ours,
+):
     "The transformer layers of one half of CLIP under open_clip's names."
-    names = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
-    out, n = {}, len([k for k in w if k.startswith(theirs) and k.endswith('fc1.bias')])
+    names = {
+        'ln_1': 'layer_norm1',
+        'ln_2': 'layer_norm2',
+        'attn.out_proj': 'self_attn.out_proj',
+        'mlp.c_fc': 'mlp.fc1',
+        'mlp.c_proj': 'mlp.fc2',
+    }
+    out = {}
+    n = len([k for k in w if k.startswith(theirs) and k.endswith('fc1.bias')])
     for i, k in [(i, k) for i in range(n) for k in ('weight', 'bias')]:
-        a, b = f'{theirs}encoder.layers.{i}.', f'{ours}transformer.resblocks.{i}.'
+        a = f'{theirs}encoder.layers.{i}.'
+        b = f'{ours}transformer.resblocks.{i}.'
         out |= {f'{b}{new}.{k}': w[f'{a}{old}.{k}'] for new, old in names.items()}
         out[f'{b}attn.in_proj_{k}'] = torch.cat([w[f'{a}self_attn.{p}_proj.{k}'] for p in 'qkv'])
     return out
 
 # %% ../../nbs/zoo/06_hps.ipynb #d3dff414
-def to_open_clip(w): # state dict of a transformers `CLIPModel`
+def to_open_clip(
+    w,  # state dict of a transformers `CLIPModel`
+):
     "The same weights under the names and in the layout of open_clip's `CLIP`."
     t, v = 'text_model.', 'vision_model.'
-    norms = {'ln_final': f'{t}final_layer_norm', 'visual.ln_pre': f'{v}pre_layrnorm', 'visual.ln_post': f'{v}post_layernorm'}
-    return {'token_embedding.weight': w[f'{t}embeddings.token_embedding.weight'], 'positional_embedding': w[f'{t}embeddings.position_embedding.weight'],
-            'visual.conv1.weight': w[f'{v}embeddings.patch_embedding.weight'], 'visual.class_embedding': w[f'{v}embeddings.class_embedding'],
-            'visual.positional_embedding': w[f'{v}embeddings.position_embedding.weight'], 'logit_scale': w['logit_scale'],
-            'text_projection': w['text_projection.weight'].T, 'visual.proj': w['visual_projection.weight'].T,
-            **{f'{new}.{k}': w[f'{old}.{k}'] for new, old in norms.items() for k in ('weight', 'bias')}, **_half(w, t, ''), **_half(w, v, 'visual.')}
+    norms = {
+        'ln_final': f'{t}final_layer_norm',
+        'visual.ln_pre': f'{v}pre_layrnorm',
+        'visual.ln_post': f'{v}post_layernorm',
+    }
+    return {
+        'token_embedding.weight': w[f'{t}embeddings.token_embedding.weight'],
+        'positional_embedding': w[f'{t}embeddings.position_embedding.weight'],
+        'visual.conv1.weight': w[f'{v}embeddings.patch_embedding.weight'],
+        'visual.class_embedding': w[f'{v}embeddings.class_embedding'],
+        'visual.positional_embedding': w[f'{v}embeddings.position_embedding.weight'],
+        'logit_scale': w['logit_scale'],
+        'text_projection': w['text_projection.weight'].T,
+        'visual.proj': w['visual_projection.weight'].T,
+        **{f'{new}.{k}': w[f'{old}.{k}'] for new, old in norms.items() for k in ('weight', 'bias')},
+        **_half(w, t, ''),
+        **_half(w, v, 'visual.'),
+    }
 
 # %% ../../nbs/zoo/06_hps.ipynb #0f6c231a
-KINDS = dict(animal=.13, activity=.17, hat=.3, obj=.08, colour=.07, clean=.25) # how two pictures differ, and how often
+KINDS = dict(
+    animal=0.13, activity=0.17, hat=0.3, obj=0.08, colour=0.07, clean=0.25
+)  # how two pictures differ, and how often
 CHOICES = dict(animal=len(ANIMALS), activity=len(ACTIVITIES), hat=2, obj=len(OBJECTS), colour=len(COLOURS))
 
-def twins(g, n): # `torch.Generator`, how many
-    "Scenes that a prompt asks for, scenes with one thing wrong, and the kind of each pair (n,), an index into `KINDS`; those of 'clean' are alike."
+
+def twins(
+    # `torch.Generator`, how many
+    g,
+    n,
+):
+    """Scenes that a prompt asks for, scenes with one thing wrong, and the kind of each pair (n,), an index into
+    `KINDS`; those of 'clean' are alike.
+    """
     kind = torch.multinomial(torch.tensor(list(KINDS.values())), n, replacement=True, generator=g)
-    s = scenes(n, g, 'any', hat=(torch.rand(n, generator=g) < .5).long())
+    s = scenes(n, g, 'any', hat=(torch.rand(n, generator=g) < 0.5).long())
     s.obj = torch.where((kind == list(KINDS).index('colour')) & (s.obj == 0), 1, s.obj)
-    wrong = {k: (getattr(s, k) + (kind == i) * torch.randint(1, CHOICES[k], (n,), generator=g)) % CHOICES[k] for i, k in enumerate(CHOICES)}
-    anew = replace(scenes(n, g, 'any'), **wrong) if torch.rand(1, generator=g) < .5 else replace(s, **wrong)
+    wrong = {
+        k: (getattr(s, k) + (kind == i) * torch.randint(1, CHOICES[k], (n,), generator=g)) % CHOICES[k]
+        for i, k in enumerate(CHOICES)
+    }
+    anew = replace(scenes(n, g, 'any'), **wrong) if torch.rand(1, generator=g) < 0.5 else replace(s, **wrong)
     return s, anew, kind
 
 # %% ../../nbs/zoo/06_hps.ipynb #89af8cb7
 @torch.no_grad()
-def through_vae(x, k, # frames (n, 3, h, w), strength of the disturbance (n,)
-                vae, g): # the small `AutoencoderKL`, `torch.Generator`
+def through_vae(
+    # frames (n, 3, h, w), strength of the disturbance (n,)
+    x,
+    k,
+    # the small `AutoencoderKL`, `torch.Generator`
+    vae,
+    g,
+):
     "What the VAE makes of frames whose latents are disturbed, each by fine or by smooth noise; in [0, 1]."
     z = vae.encode(2 * x - 1).latent_dist.mean
-    fine, smooth = torch.randn(z.shape, generator=g), F.interpolate(torch.randn(*z.shape[:2], 3, 3, generator=g), z.shape[-2:], mode='bilinear')
-    noise = torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < .5, fine, 1.5 * smooth)
-    return (vae.decode(z + 2 * k.view(-1, 1, 1, 1) * noise).sample / 2 + .5).clamp(0, 1)
+    fine = torch.randn(z.shape, generator=g)
+    smooth = F.interpolate(torch.randn(*z.shape[:2], 3, 3, generator=g), z.shape[-2:], mode='bilinear')
+    noise = torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < 0.5, fine, 1.5 * smooth)
+    return (vae.decode(z + 2 * k.view(-1, 1, 1, 1) * noise).sample / 2 + 0.5).clamp(0, 1)
 
 # %% ../../nbs/zoo/06_hps.ipynb #a08803b0
-def strengths(kind, g): # (n,) index into `KINDS`, `torch.Generator`
+def strengths(
+    # (n,) index into `KINDS`, `torch.Generator`
+    kind,
+    g,
+):
     "How strongly the better and the worse picture are spoiled: (n,) and (n,), in [0, 1]."
-    u = lambda: torch.rand(len(kind), generator=g)
-    k = .3 * u() * (u() < .5)
-    return k, torch.where(kind == list(KINDS).index('clean'), (k + .15 + .6 * u()).clamp(max=1), k)
+
+    def u():
+        return torch.rand(len(kind), generator=g)
+
+    k = 0.3 * u() * (u() < 0.5)
+    return k, torch.where(kind == list(KINDS).index('clean'), (k + 0.15 + 0.6 * u()).clamp(max=1), k)
 
 # %% ../../nbs/zoo/06_hps.ipynb #247ebb18
-def preferences(g, n, # `torch.Generator`, how many
-                vae): # the small `AutoencoderKL`
-    "Better and worse pictures (n, 3, 64, 64), the prompts, and the kind of each pair (n,). The first third went through the VAE."
+def preferences(
+    # `torch.Generator`, how many
+    g,
+    n,
+    vae,  # the small `AutoencoderKL`
+):
+    """Better and worse pictures (n, 3, 64, 64), the prompts, and the kind of each pair (n,). The first third went
+    through the VAE.
+    """
     s, anew, kind = twins(g, n)
     t, m = 16 * torch.rand(1, generator=g), n // 3
-    x = torch.stack([draw(o, t)[:, 0] for o in (s, anew)], 1)                       # (n, 2, 3, 64, 64)
-    k = torch.stack(strengths(kind, g), 1)                                          # (n, 2)
+    x = torch.stack([draw(o, t)[:, 0] for o in (s, anew)], 1)  # (n, 2, 3, 64, 64)
+    k = torch.stack(strengths(kind, g), 1)                     # (n, 2)
     how = torch.where(k > 0, torch.randint(len(CORRUPTIONS), (n, 1), generator=g), -1)
     vaes = through_vae(x[:m].flatten(0, 1), k[:m].flatten(), vae, g)
     drawn = corrupt_some(x[m:].flatten(0, 1)[:, None], how[m:].flatten(), k[m:].flatten(), g)[:, 0]
     better, worse = torch.cat([vaes, drawn]).unflatten(0, (n, 2)).unbind(1)
-    told = (kind == list(KINDS).index('colour')) | (torch.rand(n, generator=g) < .5)
+    told = (kind == list(KINDS).index('colour')) | (torch.rand(n, generator=g) < 0.5)
     return better, worse, captions(s, told.tolist()), kind
 
 # %% ../../nbs/zoo/06_hps.ipynb #67696730
-def preference_loss(scores, # (n, 2), logit scale included
-                    target): # (n, 2): share of the people who chose each
+def preference_loss(
+    scores,  # (n, 2), logit scale included
+    target,  # (n, 2): share of the people who chose each
+):
     "Divergence of the predicted shares from the true ones; zero where they agree."
     return F.kl_div(scores.log_softmax(1), target, reduction='batchmean')
 
-def pair_scores(images, texts, # of unit length, (2n, d): first all better, then all worse ones; (n, d)
-                logit_scale):
+
+def pair_scores(
+    # of unit length, (2n, d): first all better, then all worse ones; (n, d)
+    images,
+    texts,
+    logit_scale,
+):
     "Scores (n, 2) of both pictures of each pair."
     return logit_scale.exp() * (images.unflatten(0, (2, -1)) * texts).sum(2).T
 
 # %% ../../nbs/zoo/06_hps.ipynb #840e8bb1
-def hps_scores(clip, ids, better, worse): # open_clip `CLIP`, token numbers (n, tokens), two pictures each
+def hps_scores(
+    # open_clip `CLIP`, token numbers (n, tokens), two pictures each
+    clip,
+    ids,
+    better,
+    worse,
+):
     "Scores (n, 2)."
     images = clip.encode_image(clip_normalise(torch.cat([better, worse])), normalize=True)
     return pair_scores(images, clip.encode_text(ids, normalize=True), clip.logit_scale)
 
-def hps_loss(clip, tok, vae, g, # networks, tokenizer, `torch.Generator`
-             n=48):             # pairs in the batch
+
+def hps_loss(
+    # networks, tokenizer, `torch.Generator`
+    clip,
+    tok,
+    vae,
+    g,
+    n=48,  # pairs in the batch
+):
     "The loss of a random batch, and how often the better picture wins."
     better, worse, prompts, _ = preferences(g, n, vae)
     s = hps_scores(clip, token_ids(tok, prompts), better, worse)
-    return preference_loss(s, torch.tensor([[1., 0.]]).expand(n, 2)), dict(accuracy=(s[:, 0] > s[:, 1]).float().mean())
+    return preference_loss(s, torch.tensor([[1.0, 0.0]]).expand(n, 2)), dict(
+        accuracy=(s[:, 0] > s[:, 1]).float().mean()
+    )
 
 # %% ../../nbs/zoo/06_hps.ipynb #7337ce66
 @torch.no_grad()
-def quality(score, vae, n=960, seed=1_000_003): # function (prompts, better, worse) -> (n, 2), the small `AutoencoderKL`
-    "How often the better picture of held-out pairs wins: in all, of those that were drawn and decoded, and for each kind of pair."
-    g, wins, kinds, vaes = make_generator(seed), [], [], []
+def quality(
+    # function (prompts, better, worse) -> (n, 2), the small `AutoencoderKL`
+    score,
+    vae,
+    n=960,
+    seed=1_000_003,
+):
+    """How often the better picture of held-out pairs wins: in all, of those that were drawn and decoded, and for each
+    kind of pair.
+    """
+    g = make_generator(seed)
+    wins = []
+    kinds = []
+    vaes = []
     for _ in range(n // 48):
-        b, w, p, kind = preferences(g, 48, vae); s = score(p, b, w)
-        wins.append((s[:, 0] > s[:, 1]).float()); kinds.append(kind); vaes.append(torch.arange(48) < 16)
+        b, w, p, kind = preferences(g, 48, vae)
+        s = score(p, b, w)
+        wins.append((s[:, 0] > s[:, 1]).float())
+        kinds.append(kind)
+        vaes.append(torch.arange(48) < 16)
     wins, kinds, vaes = map(torch.cat, (wins, kinds, vaes))
     groups = {'all pairs': vaes | True, 'drawn': ~vaes, 'decoded': vaes, **{k: kinds == i for i, k in enumerate(KINDS)}}
     return {k: f'{wins[m].mean().item():.1%}' for k, m in groups.items()}
 
 # %% ../../nbs/zoo/06_hps.ipynb #046c07f9
-def sources(a): # options with folders `clip` and `vae`
+def sources(
+    a,  # options with folders `clip` and `vae`
+):
     "What a preference score starts from: the small CLIP, its tokenizer, the small VAE."
     from diffusers import AutoencoderKL
     from transformers import CLIPModel, CLIPTokenizer
+
     return load_net(CLIPModel, a.clip), read_part(CLIPTokenizer, a.clip), load_net(AutoencoderKL, a.vae)
 
 # %% ../../nbs/zoo/06_hps.ipynb #e0fbcd0e
-ABOUT = 'An open_clip `CLIP` tuned on preference pairs of the small world: the better picture shows what the prompt asks, and cleanly.'
+ABOUT = ('An open_clip `CLIP` tuned on preference pairs of the small world: the better picture shows what the prompt '
+         'asks, and cleanly.')
+
 
 def _publish(state, step, tok, vae, a):
     "Write averaged weights as a checkpoint with its card, in open_clip's layout."
     from safetensors.torch import save_file
+
     clip = open_clip_net(CONFIG, {k: v.half().float() for k, v in state.items()}).eval()
-    facts = dict(data='pairs of pictures drawn on the fly, a third decoded by the VAE', steps=f'{step} of {a.steps}, batch 48 pairs', seed=6,
-                 command='python -m vader_nb.pretrain.hps')
+    facts = dict(
+        data='pairs of pictures drawn on the fly, a third decoded by the VAE',
+        steps=f'{step} of {a.steps}, batch 48 pairs',
+        seed=6,
+        command='python -m vader_nb.pretrain.hps',
+    )
     with atomic_path(a.to) as d:
         tok.save_pretrained(d)
         save_file({k: v.half().contiguous() for k, v in state.items()}, d / 'open_clip_model.safetensors')
@@ -150,11 +259,29 @@ def _publish(state, step, tok, vae, a):
 # %% ../../nbs/zoo/06_hps.ipynb #416e69b9
 def main(argv=None):
     "Tune the small CLIP on preference pairs, as HPSv2 was."
-    a = options(argv, main.__doc__, steps=80, out='runs/zoo/hps', to='vader_nb/checkpoints/hps',
-                clip='vader_nb/checkpoints/clip', vae='vader_nb/checkpoints/modelscope/vae')
+    a = options(
+        argv,
+        main.__doc__,
+        steps=80,
+        out='runs/zoo/hps',
+        to='vader_nb/checkpoints/hps',
+        clip='vader_nb/checkpoints/clip',
+        vae='vader_nb/checkpoints/modelscope/vae',
+    )
     clip, tok, vae = sources(a)
     clip = open_clip_net(CONFIG, to_open_clip(clip.state_dict()))
-    pretrain(clip, lambda g, step: hps_loss(clip, tok, vae, g), a.steps, a.out, lr=4e-4, seed=6, weight_decay=.02, save_every=600,
-             milestone=lambda w, step: _publish(w, step, tok, vae, a))
+    pretrain(
+        clip,
+        lambda g, step: hps_loss(clip, tok, vae, g),
+        a.steps,
+        a.out,
+        lr=4e-4,
+        seed=6,
+        weight_decay=0.02,
+        save_every=600,
+        milestone=lambda w, step: _publish(w, step, tok, vae, a),
+    )
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

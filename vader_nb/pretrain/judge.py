@@ -16,64 +16,103 @@ from .loop import options, pretrain, write_card
 # %% ../../nbs/zoo/03_judge.ipynb #101fcd09
 def moments(g):
     "Times of four frames: spread over a clip, or four in a row from anywhere."
-    spread = torch.rand(1, generator=g) < .5
+    spread = torch.rand(1, generator=g) < 0.5
     t = torch.arange(4) * 2.33 if spread else torch.randint(0, 9, (1,), generator=g) + torch.arange(4)
     return t + torch.rand(1, generator=g)
 
 # %% ../../nbs/zoo/03_judge.ipynb #8811e4d6
-def clips(g, n, grade='any',   # as for `scenes`
-          strength=(0., .7)    # range of spoiling
-         ):
-    "Clips (n, 4, 3, 64, 64), a third of them spoiled, their scenes, their ratings (n,) and whether they are well framed."
-    framed = bool(torch.rand(1, generator=g) < .8)
+def clips(
+    # as for `scenes`
+    g,
+    n,
+    grade='any',
+    strength=(0.0, 0.7),  # range of spoiling
+):
+    """Clips (n, 4, 3, 64, 64), a third of them spoiled, their scenes, their ratings (n,) and whether they are well
+    framed.
+    """
+    framed = bool(torch.rand(1, generator=g) < 0.8)
     s = scenes(n, g, grade, framed=framed)
     clean = draw(s, moments(g))
     k = strength[0] + (strength[1] - strength[0]) * torch.rand(n, generator=g)
-    kinds = torch.where(torch.rand(n, generator=g) < .35, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
-    x, r = corrupt_some(clean, kinds, k, g), rate(clean)
+    kinds = torch.where(torch.rand(n, generator=g) < 0.35, torch.randint(len(CORRUPTIONS), (n,), generator=g), -1)
+    x = corrupt_some(clean, kinds, k, g)
+    r = rate(clean)
     return x, s, torch.where(kinds < 0, r, label(r, rate(x), k)), framed
 
 # %% ../../nbs/zoo/03_judge.ipynb #3e63c3f6
-def judge_loss(judge, g, # network and `torch.Generator`
-               n=32):    # clips in the batch
+def judge_loss(
+    # network and `torch.Generator`
+    judge,
+    g,
+    n=32,  # clips in the batch
+):
     "Cross entropy of the five questions, a fifth as much where framing is bad, plus the squared error of the rating."
     grade = ['dull', 'any', 'vivid'][int(torch.randint(3, (1,), generator=g))]
-    x, s, rating, framed = clips(g, n, grade, (0., 1. if torch.rand(1, generator=g) < .2 else .6))
-    out, loss, rec = judge(x), 0, {}
+    x, s, rating, framed = clips(g, n, grade, (0.0, 1.0 if torch.rand(1, generator=g) < 0.2 else 0.6))
+    out = judge(x)
+    loss = 0
+    rec = {}
     for k in QUESTIONS:
         m = s.obj > 0 if k == 'colour' else s.obj >= 0
-        if not m.any(): continue
+        if not m.any():
+            continue
         answer, truth = out[k][m], getattr(s, k)[m]
-        loss = loss + F.cross_entropy(answer, truth, label_smoothing=.02) * (1. if framed else .2)
+        loss = loss + F.cross_entropy(answer, truth, label_smoothing=0.02) * (1.0 if framed else 0.2)
         rec[k] = (answer.argmax(1) == truth).float().mean()
     err = (out['rating'] - rating).pow(2).mean()
-    return loss + .3 * err, dict(rec, rating_rmse=err.detach().sqrt())
+    return loss + 0.3 * err, dict(rec, rating_rmse=err.detach().sqrt())
 
 # %% ../../nbs/zoo/03_judge.ipynb #aa0b22a5
 @torch.no_grad()
 def quality(judge, n=600, seed=1_000_003):
-    "Accuracy on held-out clips of all grades, clean and spoiled (strength 0.3), and the correlation of the rating with the rule's."
-    s = scenes(n, seed, 'any'); x, g = draw(s), make_generator(seed + 1)
-    bad = torch.cat([corrupt(o, kind, torch.full((len(o),), .3), g) for o, kind in zip(x.chunk(5), CORRUPTIONS)])
+    """Accuracy on held-out clips of all grades, clean and spoiled (strength 0.3), and the correlation of the rating
+    with the rule's.
+    """
+    s = scenes(n, seed, 'any')
+    x = draw(s)
+    g = make_generator(seed + 1)
+    bad = torch.cat([corrupt(o, kind, torch.full((len(o),), 0.3), g) for o, kind in zip(x.chunk(5), CORRUPTIONS)])
+
     def ask(video):
         parts = [judge(o) for o in video.split(50)]
         return {k: torch.cat([o[k] for o in parts]) for k in parts[0]}
+
     def accuracy(out, k):
         right = (out[k].argmax(1) == getattr(s, k)).float()
         return f"{(right[s.obj > 0] if k == 'colour' else right).mean().item():.1%}"
-    clean, spoiled = ask(x), ask(bad)
-    res = {f'{k}, {name}': accuracy(out, k) for name, out in (('clean', clean), ('spoiled', spoiled)) for k in QUESTIONS}
-    return dict(res, **{'rating: correlation with the rule': round(torch.corrcoef(torch.stack([clean['rating'], rate(x)]))[0, 1].item(), 3)})
+
+    clean = ask(x)
+    spoiled = ask(bad)
+    res = {
+        f'{k}, {name}': accuracy(out, k) for name, out in (('clean', clean), ('spoiled', spoiled)) for k in QUESTIONS
+    }
+    return dict(
+        res,
+        **{
+            'rating: correlation with the rule': round(
+                torch.corrcoef(torch.stack([clean['rating'], rate(x)]))[0, 1].item(), 3
+            )
+        },
+    )
 
 # %% ../../nbs/zoo/03_judge.ipynb #7138e739
 ABOUT = 'Answers what a clip of the small world shows, and rates its frames. For measuring only, never a reward.'
 
+
 def _publish(state, step, a):
     "Write averaged weights as a checkpoint with its card."
     from safetensors.torch import save_file
-    judge = Judge(); judge.load_state_dict(state); judge.eval()
-    facts = dict(data='clips drawn on the fly, all grades, 1 in 3 spoiled', steps=f'{step} of {a.steps}, batch 32', seed=1,
-                 command='python -m vader_nb.pretrain.judge')
+
+    judge = Judge()
+    judge.load_state_dict(state)
+    judge.eval()
+    facts = dict(
+        data='clips drawn on the fly, all grades, 1 in 3 spoiled',
+        steps=f'{step} of {a.steps}, batch 32',
+        seed=1,
+        command='python -m vader_nb.pretrain.judge',
+    )
     with atomic_path(a.to) as d:
         d.mkdir(parents=True)
         save_file({k: v.half() for k, v in judge.state_dict().items()}, d / 'model.safetensors')
@@ -83,8 +122,20 @@ def _publish(state, step, a):
 def main(argv=None):
     "Train the judge."
     a = options(argv, main.__doc__, steps=1500, out='runs/zoo/judge', to='vader_nb/checkpoints/judge')
-    torch.manual_seed(1); judge = Judge()
-    pretrain(judge, lambda g, step: judge_loss(judge, g), a.steps, a.out, lr=2e-3, weight_decay=.01, seed=1, save_every=240,
-             milestone=lambda w, step: _publish(w, step, a))
+    torch.manual_seed(1)
+    judge = Judge()
+    pretrain(
+        judge,
+        lambda g, step: judge_loss(judge, g),
+        a.steps,
+        a.out,
+        lr=2e-3,
+        weight_decay=0.01,
+        seed=1,
+        save_every=240,
+        milestone=lambda w, step: _publish(w, step, a),
+    )
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

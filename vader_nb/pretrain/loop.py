@@ -12,105 +12,164 @@ import torch
 from ..core import VaderError, atomic_path, check, make_generator, reason, write_json
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #b15c61c5
-def lr_at(step,       # from 0
-          steps,      # of the whole training
-          lr,         # the constant rate in between
-          warmup=100, # steps to reach it
-          decay=.4    # share of the steps in which it falls to zero
-         ):
+def lr_at(
+    step,        # from 0
+    steps,       # of the whole training
+    lr,          # the constant rate in between
+    warmup=100,  # steps to reach it
+    decay=0.4,   # share of the steps in which it falls to zero
+):
     "Learning rate of a step: linear warm-up, constant, then linear to zero."
-    return lr * min((step + 1) / warmup, 1., max(steps - step, 0) / (decay * steps))
+    return lr * min((step + 1) / warmup, 1.0, max(steps - step, 0) / (decay * steps))
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #4118f82f
-def _resume(file, # `state.pt`
-            model, opt, avg, # filled in place
-            run   # dict: what must be the same
-           ):
+def _resume(
+    file,  # `state.pt`
+    # filled in place
+    model,
+    opt,
+    avg,
+    run,  # dict: what must be the same
+):
     "Go back to the state in `file`; returns the number of steps it has seen."
-    try: s = torch.load(file, weights_only=True)
-    except Exception as e: raise VaderError(f'{file} is damaged ({reason(e)}): delete it to begin anew') from e
-    mine = isinstance(s, dict) and all(s.get(k) == v for k, v in run.items()) and [a.shape for a in s['avg']] == [a.shape for a in avg]
+    try:
+        s = torch.load(file, weights_only=True)
+    except Exception as e:
+        raise VaderError(f'{file} is damaged ({reason(e)}): delete it to begin anew') from e
+    mine = (
+        isinstance(s, dict)
+        and all(s.get(k) == v for k, v in run.items())
+        and [a.shape for a in s['avg']] == [a.shape for a in avg]
+    )
     check(mine, f'{file} belongs to another training than this ({run}): use another folder')
-    model.load_state_dict(s['model']); opt.load_state_dict(s['opt'])
-    for a, b in zip(avg, s['avg']): a.copy_(b)
+    model.load_state_dict(s['model'])
+    opt.load_state_dict(s['opt'])
+    for a, b in zip(avg, s['avg']):
+        a.copy_(b)
     return s['step']
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #6bb88a4b
-def _cut(file, # `metrics.jsonl`
-         step):
+def _cut(
+    file,  # `metrics.jsonl`
+    step,
+):
     "Forget what was logged after `step`, half a line too."
     lines = file.read_text().splitlines() if file.exists() else []
-    kept = [l for l in lines if l.endswith('}') and json.loads(l)['step'] <= step]
-    file.write_text(''.join(l + '\n' for l in kept))
+    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= step]
+    file.write_text(''.join(line + '\n' for line in kept))
+
 
 def _log(file, step, seconds, loss, record):
     "One line of numbers."
-    line = dict(step=step, loss=round(loss.item(), 5), s_per_step=round(seconds, 3), **{k: round(float(v), 4) for k, v in record.items()})
-    with file.open('a') as f: f.write(json.dumps(line) + '\n')
+    line = dict(
+        step=step,
+        loss=round(loss.item(), 5),
+        s_per_step=round(seconds, 3),
+        **{k: round(float(v), 4) for k, v in record.items()},
+    )
+    with file.open('a') as f:
+        f.write(json.dumps(line) + '\n')
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #2e075c27
 def _descend(opt, loss, clip, step):
     "One optimizer step with a gradient of norm at most `clip`."
     params = opt.param_groups[0]['params']
-    opt.zero_grad(); loss.backward()
+    opt.zero_grad()
+    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
-    check(loss.isfinite() and norm.isfinite(), f'step {step}: the loss is {loss.item()}, the norm of its gradient {norm.item()}: lower the learning rate')
+    check(
+        loss.isfinite() and norm.isfinite(),
+        f'step {step}: the loss is {loss.item()}, the norm of its gradient {norm.item()}: lower the learning rate',
+    )
     opt.step()
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #b137ceaf
-def pretrain(model,     # nn.Module, trained in place
-             loss_fn,   # loss_fn(generator, step) -> (scalar loss, dict of numbers to log)
-             steps,     # optimizer steps
-             out,       # folder for `state.pt` and `metrics.jsonl`
-             lr=1e-3,   # see `lr_at`
-             clip=1.,   # largest norm of the gradient
-             ema=.999,  # how slowly the average of the weights follows them
-             weight_decay=1e-2, decay=.4,
-             seed=0,    # of all batches
-             save_every=120, # seconds between state files
-             milestone=None  # called as milestone(averaged state dict, step) after each state file
-            ):
-    "Train, or go on with a training found in `out`; returns the averaged weights. Raises `VaderError` for a foreign folder and for a loss that is not finite."
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+def pretrain(
+    model,      # nn.Module, trained in place
+    loss_fn,    # loss_fn(generator, step) -> (scalar loss, dict of numbers to log)
+    steps,      # optimizer steps
+    out,        # folder for `state.pt` and `metrics.jsonl`
+    lr=1e-3,    # see `lr_at`
+    clip=1.0,   # largest norm of the gradient
+    ema=0.999,  # how slowly the average of the weights follows them
+    weight_decay=1e-2,
+    decay=0.4,
+    seed=0,          # of all batches
+    save_every=120,  # seconds between state files
+    milestone=None,  # called as milestone(averaged state dict, step) after each state file
+):
+    """Train, or go on with a training found in `out`; returns the averaged weights. Raises `VaderError` for a foreign
+    folder and for a loss that is not finite.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    opt = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay, betas=(.9, .99), fused=True)
-    avg, run, state = [p.detach().clone() for p in params.values()], dict(steps=steps, seed=seed), out / 'state.pt'
+    opt = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    avg = [p.detach().clone() for p in params.values()]
+    run = dict(steps=steps, seed=seed)
+    state = out / 'state.pt'
     first = _resume(state, model, opt, avg, run) if state.exists() else 0
     _cut(out / 'metrics.jsonl', first)
-    averaged = lambda: {**model.state_dict(), **{n: a.clone() for n, a in zip(params, avg)}}
+
+    def averaged():
+        return {**model.state_dict(), **{n: a.clone() for n, a in zip(params, avg)}}
+
     def save(step):
-        with atomic_path(state) as f: torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), avg=avg, step=step, **run), f)
-        if milestone: milestone(averaged(), step)
-    model.train(); saved = t0 = time.time()
+        with atomic_path(state) as f:
+            torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), avg=avg, step=step, **run), f)
+        if milestone:
+            milestone(averaged(), step)
+
+    model.train()
+    saved = t0 = time.time()
     for step in range(first, steps):
-        for group in opt.param_groups: group['lr'] = lr_at(step, steps, lr, decay=decay)
-        torch.manual_seed(seed * 10_000_019 + step)                         # what dropout draws
+        for group in opt.param_groups:
+            group['lr'] = lr_at(step, steps, lr, decay=decay)
+        torch.manual_seed(seed * 10_000_019 + step)  # what dropout draws
         loss, record = loss_fn(make_generator(seed * 10_000_019 + step), step)
         _descend(opt, loss, clip, step)
         torch._foreach_lerp_(avg, [p.detach() for p in params.values()], 1 - min(ema, (step + 1) / (step + 10)))
-        if step % 50 == 49: _log(out / 'metrics.jsonl', step + 1, (time.time() - t0) / 50, loss, record); t0 = time.time()
-        if time.time() - saved > save_every: save(step + 1); saved = time.time()
+        if step % 50 == 49:
+            _log(out / 'metrics.jsonl', step + 1, (time.time() - t0) / 50, loss, record)
+            t0 = time.time()
+        if time.time() - saved > save_every:
+            save(step + 1)
+            saved = time.time()
     save(steps)
     return averaged()
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #1372dabb
-def write_card(folder, # of the checkpoint
-               title,
-               about,  # what it is, one paragraph
-               facts,  # dict: data, steps, seed, command
-               quality # dict: measured on held-out data
-              ):
+def write_card(
+    folder,  # of the checkpoint
+    title,
+    about,    # what it is, one paragraph
+    facts,    # dict: data, steps, seed, command
+    quality,  # dict: measured on held-out data
+):
     "Write `README.md` (the model card) and `card.json` (the same numbers for programs) beside a checkpoint."
-    table = lambda d: '\n'.join(['| | |', '|---|---|'] + [f'| {k} | {v} |' for k, v in d.items()])
-    sections = [f'# {title}', about, '## Training', table(facts), '## Measured on held-out data', table(quality), 'Licence: Apache-2.0.']
-    with atomic_path(Path(folder) / 'README.md') as f: f.write_text('\n\n'.join(sections) + '\n')
+
+    def table(d):
+        return '\n'.join(['| | |', '|---|---|'] + [f'| {k} | {v} |' for k, v in d.items()])
+
+    sections = [
+        f'# {title}',
+        about,
+        '## Training',
+        table(facts),
+        '## Measured on held-out data',
+        table(quality),
+        'Licence: Apache-2.0.',
+    ]
+    with atomic_path(Path(folder) / 'README.md') as f:
+        f.write_text('\n\n'.join(sections) + '\n')
     write_json(Path(folder) / 'card.json', dict(title=title, training=facts, quality=quality))
 
 # %% ../../nbs/zoo/00_pretrain.ipynb #63d15c58
-def options(argv,      # list of words, or None for the command line's
-            about,     # one line of help
-            **defaults # name -> default; False makes a flag
-           ):          # namespace
+def options(
+    argv,        # list of words, or None for the command line's
+    about,       # one line of help
+    **defaults,  # name -> default; False makes a flag
+):  # namespace
     "Read `--name value` for each of the defaults."
     parser = argparse.ArgumentParser(description=about)
     for k, v in defaults.items():

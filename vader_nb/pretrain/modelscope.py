@@ -23,37 +23,72 @@ from .loop import options, pretrain, write_card
 from ..zoo import load_net
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #48fcd403
-SCHEDULER = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,
-                 set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
+SCHEDULER = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule='scaled_linear',
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+    prediction_type='epsilon',
+)
+
 
 def make_unet():
     "The small `UNet3DConditionModel`: latents (b, 4, f, h/8, w/8), text (b, tokens, 64)."
-    return UNet3DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
-                                cross_attention_dim=64, attention_head_dim=8, norm_num_groups=4,
-                                down_block_types=('CrossAttnDownBlock3D', 'DownBlock3D'), up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D'))
+    return UNet3DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        down_block_types=('CrossAttnDownBlock3D', 'DownBlock3D'),
+        up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D'),
+    )
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #dacbbed2
 SIZES = [64, 64, 64, 32, 64, 64, 64, 48, 64, 64, 64, 96]
-HATS = 16   # the chunk that begins the second course
+HATS = 16  # the chunk that begins the second course
+
 
 @torch.no_grad()
-def chunk(i,   # its number
-          out, # folder of the files
-          vae, # the small `AutoencoderKL`
-          n=1024):
+def chunk(
+    i,    # its number
+    out,  # folder of the files
+    vae,  # the small `AutoencoderKL`
+    n=1024,
+):
     "Latents (n, 4, 8, h, w) of chunk `i` and the captions the denoiser is told; from its file, or drawn and filed."
-    f, size = Path(out) / f'latents_{i:03d}.pt', SIZES[i % 12]
+    f = Path(out) / f'latents_{i:03d}.pt'
+    size = SIZES[i % 12]
     if not f.exists():
-        g = make_generator(50_000 + i); s = scenes(n, g, 'dull')
-        if i >= HATS: s.hat = (torch.rand(n, generator=g) < .4).long()
-        z = [vae.encode(2 * draw(s[j:j + 16], 8, size, size).flatten(0, 1) - 1).latent_dist.mean.unflatten(0, (-1, 8)) for j in range(0, n, 16)]
-        text = captions(noisy_labels(s, g, .1 if i >= HATS else HAT_NOISE), (torch.rand(n, generator=g) < .6).tolist())
-        with atomic_path(f) as tmp: torch.save((torch.cat(z).transpose(1, 2).half(), text), tmp)
+        g = make_generator(50_000 + i)
+        s = scenes(n, g, 'dull')
+        if i >= HATS:
+            s.hat = (torch.rand(n, generator=g) < 0.4).long()
+        z = [
+            vae.encode(2 * draw(s[j : j + 16], 8, size, size).flatten(0, 1) - 1).latent_dist.mean.unflatten(0, (-1, 8))
+            for j in range(0, n, 16)
+        ]
+        text = captions(
+            noisy_labels(s, g, 0.1 if i >= HATS else HAT_NOISE), (torch.rand(n, generator=g) < 0.6).tolist()
+        )
+        with atomic_path(f) as tmp:
+            torch.save((torch.cat(z).transpose(1, 2).half(), text), tmp)
     return torch.load(f, weights_only=True)
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #a6bda2c4
 @torch.no_grad()
-def embed(texts, clip, tok): # n captions, a `CLIPTextModel`, its tokenizer
+def embed(
+    # n captions, a `CLIPTextModel`, its tokenizer
+    texts,
+    clip,
+    tok,
+):
     "Text tower's last hidden states (n, tokens, 64), what the pipeline feeds the denoiser."
     ids = tok(list(texts), padding='max_length', truncation=True, return_tensors='pt').input_ids
     return torch.cat([clip(i).last_hidden_state for i in ids.split(256)])
@@ -61,41 +96,66 @@ def embed(texts, clip, tok): # n captions, a `CLIPTextModel`, its tokenizer
 # %% ../../nbs/zoo/04_modelscope.ipynb #89b1e04a
 class Batches:
     "Random batches of (latents, text embeddings) from the chunks; more chunks come into play as the training goes on."
-    def __init__(self, out, vae,   # as for `chunk`
-                 clip, tok,        # as for `embed`
-                 chunks=range(HATS), # their numbers
-                 batch=16):        # clips of up to 64 pixels in a batch; half as many larger ones
-        self.out, self.vae, self.clip, self.tok, self.chunks, self.batch, self.data = out, vae, clip, tok, chunks, batch, []
+
+    def __init__(
+        self,
+        # as for `chunk`
+        out,
+        vae,
+        # as for `embed`
+        clip,
+        tok,
+        chunks=range(HATS),  # their numbers
+        batch=16,            # clips of up to 64 pixels in a batch; half as many larger ones
+    ):
+        self.out = out
+        self.vae = vae
+        self.clip = clip
+        self.tok = tok
+        self.chunks = chunks
+        self.batch = batch
+        self.data = []
         self.empty = embed([''], clip, tok)
 
     def load(self):
         "Bring the next chunk into play; each caption is embedded once."
         z, text = chunk(self.chunks[len(self.data)], self.out, self.vae)
-        unique = sorted(set(text)); index = {t: i for i, t in enumerate(unique)}
+        unique = sorted(set(text))
+        index = {t: i for i, t in enumerate(unique)}
         self.data.append((z, embed(unique, self.clip, self.tok), torch.tensor([index[t] for t in text])))
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #1452e8be
 @patch
-def __call__(self: Batches, g, # `torch.Generator`
-             ready             # how many chunks are in play
-            ):
-    while len(self.data) < min(len(self.chunks), ready): self.load()
+def __call__(
+    self: Batches,
+    g,      # `torch.Generator`
+    ready,  # how many chunks are in play
+):
+    while len(self.data) < min(len(self.chunks), ready):
+        self.load()
     z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
     i = torch.randint(len(z), (self.batch if z.shape[-1] <= 8 else self.batch // 2,), generator=g)
-    text = torch.where(torch.rand(len(i), 1, 1, generator=g) < .1, self.empty, table[index[i]])
+    text = torch.where(torch.rand(len(i), 1, 1, generator=g) < 0.1, self.empty, table[index[i]])
     return z[i].float(), text
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #16e7a4e4
-def unet_loss(unet, batches, # network and `Batches`
-              g, ready,      # as for `Batches`
-              abar=alpha_bars(scaled_linear_betas())):
+def unet_loss(
+    # network and `Batches`
+    unet,
+    batches,
+    # as for `Batches`
+    g,
+    ready,
+    abar=alpha_bars(scaled_linear_betas()),
+):
     "Min-SNR weighted squared error of eps on one random batch."
     x0, text = batches(g, ready)
-    t = torch.randint(1000, (len(x0),), generator=g); eps = torch.randn(x0.shape, generator=g)
+    t = torch.randint(1000, (len(x0),), generator=g)
+    eps = torch.randn(x0.shape, generator=g)
     a = abar[t].float().view(-1, 1, 1, 1, 1)
     err = (unet(add_noise(x0, eps, a), t, encoder_hidden_states=text).sample - eps).pow(2).mean((1, 2, 3, 4))
     snr = (a / (1 - a)).flatten()
-    late = err.detach()[t < 200].mean() if (t < 200).any() else 0.
+    late = err.detach()[t < 200].mean() if (t < 200).any() else 0.0
     return (err * snr.clamp(max=5) / snr).mean() * 2, dict(mse=err.detach().mean(), late=late, size=8 * x0.shape[-1])
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #717411a4
@@ -107,79 +167,188 @@ def exam():
     return [core[i % 36] for i in range(120)] + [hats[i % 36] for i in range(40)] + [food[i % 24] for i in range(40)]
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #063a5fe5
-def judge_exam(video): # (200, f, 3, h, w)
+def judge_exam(
+    video,  # (200, f, 3, h, w)
+):
     "What the judges say of one clip for each prompt of the exam, as a dict."
-    got, core, hats, food = judge_clips(video, exam()), slice(0, 120), slice(120, 160), slice(160, 200)
-    share = lambda k, m: f'{got[k][m].nanmean().item():.1%}'
-    mean = lambda k: round(got[k].mean().item(), 2)
-    return {'core activity': share('activity', core), 'animal': share('animal', core), 'asked hat': share('hat', hats),
-            'look-alike action': share('activity', food), 'rating by the rater': mean('rating'), 'rating by the rule': mean('rule')}
+    got = judge_clips(video, exam())
+    core = slice(0, 120)
+    hats = slice(120, 160)
+    food = slice(160, 200)
 
-def quality(model,     # a small text-to-video `VideoModel`
-            steps=25, guidance=4., seed=0):
+    def share(k, m):
+        return f'{got[k][m].nanmean().item():.1%}'
+
+    def mean(k):
+        return round(got[k].mean().item(), 2)
+
+    return {
+        'core activity': share('activity', core),
+        'animal': share('animal', core),
+        'asked hat': share('hat', hats),
+        'look-alike action': share('activity', food),
+        'rating by the rater': mean('rating'),
+        'rating by the rule': mean('rule'),
+    }
+
+
+def quality(
+    model,  # a small text-to-video `VideoModel`
+    steps=25,
+    guidance=4.0,
+    seed=0,
+):
     "Samples of the exam (200, f, 3, h, w), and what the judges say of them as a dict."
     prompts = exam()
-    video = torch.cat([sample(model, prompts[i:i + 20], steps, guidance, seed=seed + i) for i in range(0, 200, 20)])
+    video = torch.cat([sample(model, prompts[i : i + 20], steps, guidance, seed=seed + i) for i in range(0, 200, 20)])
     return video, judge_exam(video) | {'guidance': guidance, 'DDIM steps': steps}
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #eede780c
-ABOUT = 'A `UNet3DConditionModel` that draws dull clips of the small world from noisy captions; uses the small VAE and the text tower of the small CLIP.'
-INDEX = dict(_class_name='TextToVideoSDPipeline', _diffusers_version='0.30.0', unet=['diffusers', 'UNet3DConditionModel'],
-             vae=['diffusers', 'AutoencoderKL'], scheduler=['diffusers', 'DDIMScheduler'],
-             text_encoder=['transformers', 'CLIPTextModel'], tokenizer=['transformers', 'CLIPTokenizer'])
+ABOUT = ('A `UNet3DConditionModel` that draws dull clips of the small world from noisy captions; uses the small VAE '
+         'and the text tower of the small CLIP.')
+INDEX = dict(
+    _class_name='TextToVideoSDPipeline',
+    _diffusers_version='0.30.0',
+    unet=['diffusers', 'UNet3DConditionModel'],
+    vae=['diffusers', 'AutoencoderKL'],
+    scheduler=['diffusers', 'DDIMScheduler'],
+    text_encoder=['transformers', 'CLIPTextModel'],
+    tokenizer=['transformers', 'CLIPTokenizer'],
+)
 
-def write_pipeline(unet, clip, tok, # in the precision to be written
-                   folder           # that holds the VAE
-                  ):
-    "Write denoiser, text tower, tokenizer and scheduler beside the VAE, so that the folder is a `TextToVideoSDPipeline`'s."
+
+def write_pipeline(
+    # in the precision to be written
+    unet,
+    clip,
+    tok,
+    folder,  # that holds the VAE
+):
+    """Write denoiser, text tower, tokenizer and scheduler beside the VAE, so that the folder is a
+    `TextToVideoSDPipeline`'s.
+    """
     folder = Path(folder)
     for name, part in dict(unet=unet, text_encoder=clip, tokenizer=tok, scheduler=DDIMScheduler(**SCHEDULER)).items():
-        with atomic_path(folder / name) as d: part.save_pretrained(d)
-    config = folder / 'text_encoder/config.json'                            # transformers would load it in half precision, diffusers the rest in float32
+        with atomic_path(folder / name) as d:
+            part.save_pretrained(d)
+    config = (
+        folder / 'text_encoder/config.json'
+    )  # transformers would load it in half precision, diffusers the rest in float32
     write_json(config, read_json(config) | dict(dtype='float32'))
     write_json(folder / 'model_index.json', INDEX)
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #f1022a4d
-def measure(folder): # of a small ModelScope
+def measure(
+    folder,  # of a small ModelScope
+):
     "Complete its model card with what the judges say."
     card = read_json(Path(folder) / 'card.json')
-    write_card(folder, card['title'], ABOUT, card['training'], quality(open_modelscope(folder, native_size=native_sizes['small']))[1])
+    write_card(
+        folder,
+        card['title'],
+        ABOUT,
+        card['training'],
+        quality(open_modelscope(folder, native_size=native_sizes['small']))[1],
+    )
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #350ed467
 def _publish(weights, tok, facts, a):
     "Write weights as a pipeline with its card."
-    unet = make_unet(); unet.load_state_dict(weights)
+    unet = make_unet()
+    unet.load_state_dict(weights)
     write_pipeline(unet.half(), load_net(CLIPTextModel, a.clip, torch.float16), tok, a.to)
     write_card(a.to, 'Small ModelScope', ABOUT, facts, {})
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #5155481e
-def first_course(a, vae, clip, tok): # options, then as for `Batches`
+def first_course(
+    # options, then as for `Batches`
+    a,
+    vae,
+    clip,
+    tok,
+):
     "Animals and activities, from nothing."
-    torch.manual_seed(2); unet, batches = make_unet(), Batches(a.out, vae, clip, tok)
-    facts = dict(data='16 x 1024 dull clips of 8 frames, 32 to 96 pixels, noisy captions, 10% dropped', steps=f'{a.steps}, batch 16', seed=2,
-                 command='python -m vader_nb.pretrain.modelscope')
-    pretrain(unet, lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40), a.steps, a.out, lr=1.5e-3, seed=2, save_every=240,
-             milestone=lambda w, step: _publish(w, tok, facts, a))
+    torch.manual_seed(2)
+    unet = make_unet()
+    batches = Batches(a.out, vae, clip, tok)
+    facts = dict(
+        data='16 x 1024 dull clips of 8 frames, 32 to 96 pixels, noisy captions, 10% dropped',
+        steps=f'{a.steps}, batch 16',
+        seed=2,
+        command='python -m vader_nb.pretrain.modelscope',
+    )
+    pretrain(
+        unet,
+        lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40),
+        a.steps,
+        a.out,
+        lr=1.5e-3,
+        seed=2,
+        save_every=240,
+        milestone=lambda w, step: _publish(w, tok, facts, a),
+    )
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #875ed0a6
-def second_course(a, vae, clip, tok): # options, then as for `Batches`
+def second_course(
+    # options, then as for `Batches`
+    a,
+    vae,
+    clip,
+    tok,
+):
     "Hats, from what stands at `--to`; published a fifth of the way back to where it began."
     told = read_json(Path(a.to) / 'card.json')['training']
-    check('hats' not in told, f'the weights in {a.to} have been through this course: put those of the first course there')
-    unet, batches = load_net(UNet3DConditionModel, Path(a.to) / 'unet').requires_grad_(True), Batches(a.out, vae, clip, tok, range(HATS, HATS + 8))
+    check(
+        'hats' not in told, f'the weights in {a.to} have been through this course: put those of the first course there'
+    )
+    unet = load_net(UNet3DConditionModel, Path(a.to) / 'unet').requires_grad_(True)
+    batches = Batches(a.out, vae, clip, tok, range(HATS, HATS + 8))
     start = {k: v.clone() for k, v in unet.state_dict().items()}
-    end = pretrain(unet, lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40), a.steps, f'{a.out}/hats', lr=1.5e-3, ema=.998, decay=.01, seed=2, save_every=240)
-    facts = told | dict(hats=f'{a.steps} more steps (--hats) on 8 x 1024 clips with more hats, and a fifth of the way back')
-    _publish({k: torch.lerp(v, start[k], .2) for k, v in end.items()}, tok, facts, a)
+    end = pretrain(
+        unet,
+        lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40),
+        a.steps,
+        f'{a.out}/hats',
+        lr=1.5e-3,
+        ema=0.998,
+        decay=0.01,
+        seed=2,
+        save_every=240,
+    )
+    facts = told | dict(
+        hats=f'{a.steps} more steps (--hats) on 8 x 1024 clips with more hats, and a fifth of the way back'
+    )
+    _publish({k: torch.lerp(v, start[k], 0.2) for k, v in end.items()}, tok, facts, a)
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #5d13ef76
 def main(argv=None):
-    "Train the denoiser; `--hats` is the second course; `--draw N` only draws and encodes N chunks; `--measure` only lets the judges look at what stands at `--to`."
-    a = options(argv, main.__doc__, steps=5800, out='runs/zoo/modelscope', to='vader_nb/checkpoints/modelscope', draw=0, measure=False, hats=False,
-                vae='vader_nb/checkpoints/modelscope/vae', clip='vader_nb/checkpoints/clip')
-    if a.measure: return measure(a.to)
-    nets = vae, *_ = load_net(AutoencoderKL, a.vae), load_net(CLIPTextModel, a.clip), CLIPTokenizer.from_pretrained(a.clip)
-    for i in range(a.draw): chunk(i, a.out, vae)
-    if not a.draw: (second_course if a.hats else first_course)(a, *nets)
+    """Train the denoiser; `--hats` is the second course; `--draw N` only draws and encodes N chunks; `--measure` only
+    lets the judges look at what stands at `--to`.
+    """
+    a = options(
+        argv,
+        main.__doc__,
+        steps=5800,
+        out='runs/zoo/modelscope',
+        to='vader_nb/checkpoints/modelscope',
+        draw=0,
+        measure=False,
+        hats=False,
+        vae='vader_nb/checkpoints/modelscope/vae',
+        clip='vader_nb/checkpoints/clip',
+    )
+    if a.measure:
+        return measure(a.to)
+    nets = vae, *_ = (
+        load_net(AutoencoderKL, a.vae),
+        load_net(CLIPTextModel, a.clip),
+        CLIPTokenizer.from_pretrained(a.clip),
+    )
+    for i in range(a.draw):
+        chunk(i, a.out, vae)
+    if not a.draw:
+        (second_course if a.hats else first_course)(a, *nets)
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

@@ -22,19 +22,40 @@ from ..zoo import load_net
 # %% ../../nbs/zoo/11_opensora.ipynb #1ae7d242
 def make_stdit3():
     "The small `STDiT3`: latents (b, 8, 5, h/8, w/8), up to 20 words of 64 numbers."
-    return STDiT3(hidden_size=112, depth=4, num_heads=4, in_channels=8, mlp_ratio=2.5, caption_channels=64, model_max_length=20, input_sq_size=64)
+    return STDiT3(
+        hidden_size=112,
+        depth=4,
+        num_heads=4,
+        in_channels=8,
+        mlp_ratio=2.5,
+        caption_channels=64,
+        model_max_length=20,
+        input_sq_size=64,
+    )
 
 # %% ../../nbs/zoo/11_opensora.ipynb #0629c85d
-def quiet_start(net: STDiT3): # changed in place
+def quiet_start(
+    net: STDiT3,  # changed in place
+):
     "Zero the last layer, what the looks at the caption add, and the layer that makes shifts, scales and gates."
-    for layer in [net.final_layer.linear, net.t_block[1], *(b.cross_attn.proj for b in [*net.spatial_blocks, *net.temporal_blocks])]:
-        torch.nn.init.zeros_(layer.weight); torch.nn.init.zeros_(layer.bias)
-    for b in [*net.spatial_blocks, *net.temporal_blocks]: b.scale_shift_table.data.mul_(.1)
+    for layer in [
+        net.final_layer.linear,
+        net.t_block[1],
+        *(b.cross_attn.proj for b in [*net.spatial_blocks, *net.temporal_blocks]),
+    ]:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    for b in [*net.spatial_blocks, *net.temporal_blocks]:
+        b.scale_shift_table.data.mul_(0.1)
     return net
 
 # %% ../../nbs/zoo/11_opensora.ipynb #e0ed7f97
-def draw_places(n, g,  # how many, `torch.Generator`
-                r):    # from `flow_ratio`
+def draw_places(
+    # how many, `torch.Generator`
+    n,
+    g,
+    r,  # from `flow_ratio`
+):
     "Places on the line from data, 0, to noise, 1 (n,)."
     s = torch.randn(n, generator=g).sigmoid()
     return r * s / (1 + (r - 1) * s)
@@ -42,10 +63,20 @@ def draw_places(n, g,  # how many, `torch.Generator`
 # %% ../../nbs/zoo/11_opensora.ipynb #fa21ae11
 class Clips:
     "Random batches of (latents, words, mask) from the chunks; more chunks come into play as the training goes on."
-    def __init__(self, model,  # an `OpenSora` whose VAE and text encoder make them
-                 image_vae,    # the small `AutoencoderKL`
-                 out, chunks): # folder of the files, their numbers
-        self.model, self.image_vae, self.out, self.chunks, self.data = model, image_vae, Path(out), chunks, []
+
+    def __init__(
+        self,
+        model,      # an `OpenSora` whose VAE and text encoder make them
+        image_vae,  # the small `AutoencoderKL`
+        # folder of the files, their numbers
+        out,
+        chunks,
+    ):
+        self.model = model
+        self.image_vae = image_vae
+        self.out = Path(out)
+        self.chunks = chunks
+        self.data = []
 
     @torch.no_grad()
     def load(self):
@@ -55,49 +86,77 @@ class Clips:
         frames, text = frame_latents(i, self.out, self.image_vae)
         if not f.exists():
             z = [vae.temporal_vae.encode(x.float()).chunk(2, 1)[0] for x in frames.split(64)]
-            with atomic_path(f) as tmp: torch.save(((torch.cat(z) - vae.shift) / vae.scale).half(), tmp)
-        unique = sorted(set(text)); index = {t: k for k, t in enumerate(unique)}
-        self.data.append((torch.load(f, weights_only=True), self.model.embed(unique), torch.tensor([index[t] for t in text])))
+            with atomic_path(f) as tmp:
+                torch.save(((torch.cat(z) - vae.shift) / vae.scale).half(), tmp)
+        unique = sorted(set(text))
+        index = {t: k for k, t in enumerate(unique)}
+        self.data.append(
+            (torch.load(f, weights_only=True), self.model.embed(unique), torch.tensor([index[t] for t in text]))
+        )
 
 # %% ../../nbs/zoo/11_opensora.ipynb #03282009
 @patch
-def __call__(self: Clips, g, # `torch.Generator`
-             ready,          # how many chunks are in play
-             n=32):
-    while len(self.data) < min(len(self.chunks), ready): self.load()
+def __call__(
+    self: Clips,
+    g,      # `torch.Generator`
+    ready,  # how many chunks are in play
+    n=32,
+):
+    while len(self.data) < min(len(self.chunks), ready):
+        self.load()
     z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
     i = torch.randint(len(z), (n,), generator=g)
     words = table[index[i]]
-    return z[i].float(), torch.where(torch.rand(n, 1, 1, generator=g) < .1, self.model.empty, words), words.any(-1)
+    return z[i].float(), torch.where(torch.rand(n, 1, 1, generator=g) < 0.1, self.model.empty, words), words.any(-1)
 
 # %% ../../nbs/zoo/11_opensora.ipynb #037449b2
-def flow_loss(model, clips, # `OpenSora`, `Clips`
-              g, ready):    # as for `Clips`
+def flow_loss(
+    # `OpenSora`, `Clips`
+    model,
+    clips,
+    # as for `Clips`
+    g,
+    ready,
+):
     "Squared error of the velocity on one random batch."
     x0, words, mask = clips(g, ready)
-    sigma, eps = draw_places(len(x0), g, flow_ratio(*model.native_size, model.base)), torch.randn(x0.shape, generator=g)
-    x, one = flow_mix(x0, eps, sigma.view(-1, 1, 1, 1, 1)), torch.ones(len(x0))
+    sigma = draw_places(len(x0), g, flow_ratio(*model.native_size, model.base))
+    eps = torch.randn(x0.shape, generator=g)
+    x = flow_mix(x0, eps, sigma.view(-1, 1, 1, 1, 1))
+    one = torch.ones(len(x0))
     sides = dict(zip(('fps', 'height', 'width'), (model.fps * one, 64 * one, 64 * one)))
     err = (model.denoise(x, 1000 * sigma, words, mask=mask, **sides) - flow_target(x0, eps)).square().mean((1, 2, 3, 4))
-    late = err.detach()[sigma < .3].mean() if (sigma < .3).any() else 0.
+    late = err.detach()[sigma < 0.3].mean() if (sigma < 0.3).any() else 0.0
     return err.mean(), dict(late=late)
 
 # %% ../../nbs/zoo/11_opensora.ipynb #a3420fa9
-def quality(model, steps=20, guidance=4.):
+def quality(model, steps=20, guidance=4.0):
     "What the judges say of samples of the exam, as a dict."
     prompts = exam()
-    video = torch.cat([sample(model, prompts[i:i + 20], steps, guidance, seed=i, kind='rflow')[:, ::2] for i in range(0, len(prompts), 20)])
+    video = torch.cat(
+        [
+            sample(model, prompts[i : i + 20], steps, guidance, seed=i, kind='rflow')[:, ::2]
+            for i in range(0, len(prompts), 20)
+        ]
+    )
     return judge_exam(video) | {'guidance': guidance, 'flow steps': steps}
 
 # %% ../../nbs/zoo/11_opensora.ipynb #a29561ec
-ABOUT = 'An `STDiT3` (Open-Sora 1.2) that draws dull clips of 17 frames of the small world from noisy captions; uses the small image VAE, the temporal VAE beside it and the text tower of the small CLIP.'
+ABOUT = ('An `STDiT3` (Open-Sora 1.2) that draws dull clips of 17 frames of the small world from noisy captions; '
+         'uses the small image VAE, the temporal VAE beside it and the text tower of the small CLIP.')
 DULL = [1, 2, 3]  # chunks of dull clips
+
 
 def _publish(state, step, a):
     "Write averaged weights as a checkpoint with its card."
     from safetensors.torch import save_file
-    facts = dict(data=f'{len(DULL)} x 1024 dull clips of 17 frames, 64 pixels, noisy captions, 10% dropped', steps=f'{step}, batch 32', seed=6,
-                 command='python -m vader_nb.pretrain.opensora')
+
+    facts = dict(
+        data=f'{len(DULL)} x 1024 dull clips of 17 frames, 64 pixels, noisy captions, 10% dropped',
+        steps=f'{step}, batch 32',
+        seed=6,
+        command='python -m vader_nb.pretrain.opensora',
+    )
     with atomic_path(a.to) as d:
         d.mkdir(parents=True)
         save_file({k: v.half().contiguous() for k, v in state.items()}, d / 'model.safetensors')
@@ -108,16 +167,45 @@ def _publish(state, step, a):
 def main(argv=None):
     "Train the denoiser; `--measure` only lets the judges look at the one that stands at `--to`."
     from diffusers import AutoencoderKL
-    a = options(argv, main.__doc__, steps=1600, out='runs/zoo/opensora', to='vader_nb/checkpoints/opensora/denoiser', temporal='vader_nb/checkpoints/opensora/vae',
-                vae='vader_nb/checkpoints/modelscope/vae', clip='vader_nb/checkpoints/clip', measure=False)
+
+    a = options(
+        argv,
+        main.__doc__,
+        steps=1600,
+        out='runs/zoo/opensora',
+        to='vader_nb/checkpoints/opensora/denoiser',
+        temporal='vader_nb/checkpoints/opensora/vae',
+        vae='vader_nb/checkpoints/modelscope/vae',
+        clip='vader_nb/checkpoints/clip',
+        measure=False,
+    )
     if a.measure:
         card = read_json(Path(a.to) / 'card.json')
-        return write_card(a.to, card['title'], ABOUT, card['training'], quality(open_opensora(a.to, a.temporal, a.clip, image_vae=a.vae, **SMALL)))
-    torch.manual_seed(6); net = quiet_start(make_stdit3())
+        return write_card(
+            a.to,
+            card['title'],
+            ABOUT,
+            card['training'],
+            quality(open_opensora(a.to, a.temporal, a.clip, image_vae=a.vae, **SMALL)),
+        )
+    torch.manual_seed(6)
+    net = quiet_start(make_stdit3())
     model = OpenSora(net, open_vae(a.temporal, a.vae).float(), *open_text(a.clip, 20), **SMALL)
-    net.requires_grad_(True); net.rope.requires_grad_(False)
+    net.requires_grad_(True)
+    net.rope.requires_grad_(False)
     clips = Clips(model, load_net(AutoencoderKL, a.vae), a.out, DULL)
-    pretrain(net, lambda g, step: flow_loss(model, clips, g, 1 + step // 200), a.steps, f'{a.out}/denoiser', lr=2e-3, ema=.997, seed=6, save_every=180,
-             milestone=lambda w, step: _publish(w, step, a))
+    pretrain(
+        net,
+        lambda g, step: flow_loss(model, clips, g, 1 + step // 200),
+        a.steps,
+        f'{a.out}/denoiser',
+        lr=2e-3,
+        ema=0.997,
+        seed=6,
+        save_every=180,
+        milestone=lambda w, step: _publish(w, step, a),
+    )
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

@@ -16,50 +16,103 @@ from .loop import options, pretrain, write_card
 # %% ../../nbs/zoo/07_pickscore.ipynb #ebfa7325
 TIES = 1 / 7
 
-def votes(better, worse, # pictures (n, 3, h, w) each
-          g):            # `torch.Generator`
+
+def votes(
+    # pictures (n, 3, h, w) each
+    better,
+    worse,
+    g,  # `torch.Generator`
+):
     "First and second pictures, and the share of the people who chose each (n, 2)."
-    tie, swap = [torch.rand(len(better), generator=g) < p for p in (TIES, .5)]
+    tie, swap = [torch.rand(len(better), generator=g) < p for p in (TIES, 0.5)]
     worse = torch.where(tie.view(-1, 1, 1, 1), better.flip(3), worse)
-    share = torch.where(tie, .5, 1 - swap.float())
+    share = torch.where(tie, 0.5, 1 - swap.float())
     first, second = [torch.where(swap.view(-1, 1, 1, 1), *o) for o in ((worse, better), (better, worse))]
     return first, second, torch.stack([share, 1 - share], 1)
 
 # %% ../../nbs/zoo/07_pickscore.ipynb #daf76c26
-def pick_scores(clip, ids, first, second): # `CLIPModel`, token numbers (n, tokens), two pictures each
+def pick_scores(
+    # `CLIPModel`, token numbers (n, tokens), two pictures each
+    clip,
+    ids,
+    first,
+    second,
+):
     "Scores (n, 2)."
     images = clip.get_image_features(pixel_values=clip_normalise(torch.cat([first, second]))).pooler_output
     texts = clip.get_text_features(input_ids=ids).pooler_output
     return pair_scores(F.normalize(images, dim=1), F.normalize(texts, dim=1), clip.logit_scale)
 
-def pick_loss(clip, tok, vae, g, # networks, tokenizer, `torch.Generator`
-              n=48):             # pairs in the batch
+
+def pick_loss(
+    # networks, tokenizer, `torch.Generator`
+    clip,
+    tok,
+    vae,
+    g,
+    n=48,  # pairs in the batch
+):
     "The loss of a random batch, and how often the better of two pictures wins."
     better, worse, prompts, _ = preferences(g, n, vae)
     first, second, share = votes(better, worse, g)
     s = pick_scores(clip, token_ids(tok, prompts), first, second)
-    sure = share[:, 0] != .5
+    sure = share[:, 0] != 0.5
     return preference_loss(s, share), dict(accuracy=(s.argmax(1) == share.argmax(1))[sure].float().mean())
 
 # %% ../../nbs/zoo/07_pickscore.ipynb #29f56438
 ABOUT = 'A `CLIPModel` tuned on votes between pictures of the small world, undecided ones among them.'
 
+
 def _publish(clip, tok, vae, step, a):
     "Write averaged weights as a checkpoint with its card."
-    facts = dict(data='pairs of pictures drawn on the fly, a third decoded by the VAE, 1 in 7 a tie', steps=f'{step} of {a.steps}, batch 48 pairs', seed=7,
-                 command='python -m vader_nb.pretrain.pickscore')
+    facts = dict(
+        data='pairs of pictures drawn on the fly, a third decoded by the VAE, 1 in 7 a tie',
+        steps=f'{step} of {a.steps}, batch 48 pairs',
+        seed=7,
+        command='python -m vader_nb.pretrain.pickscore',
+    )
     with atomic_path(a.to) as d:
-        clip.half().save_pretrained(d); tok.save_pretrained(d)
-        write_card(d, 'Small PickScore', ABOUT, facts, quality(lambda p, *x: pick_scores(clip.float(), token_ids(tok, p), *x), vae))
+        clip.half().save_pretrained(d)
+        tok.save_pretrained(d)
+        write_card(
+            d,
+            'Small PickScore',
+            ABOUT,
+            facts,
+            quality(lambda p, *x: pick_scores(clip.float(), token_ids(tok, p), *x), vae),
+        )
+
 
 def main(argv=None):
     "Tune the small CLIP on votes, as PickScore was."
-    a = options(argv, main.__doc__, steps=80, out='runs/zoo/pickscore', to='vader_nb/checkpoints/pickscore',
-                clip='vader_nb/checkpoints/clip', vae='vader_nb/checkpoints/modelscope/vae')
+    a = options(
+        argv,
+        main.__doc__,
+        steps=80,
+        out='runs/zoo/pickscore',
+        to='vader_nb/checkpoints/pickscore',
+        clip='vader_nb/checkpoints/clip',
+        vae='vader_nb/checkpoints/modelscope/vae',
+    )
     clip, tok, vae = sources(a)
-    def publish(weights, step):
-        tuned = type(clip)(clip.config).eval(); tuned.load_state_dict(weights)
-        _publish(tuned, tok, vae, step, a)
-    pretrain(clip, lambda g, step: pick_loss(clip, tok, vae, g), a.steps, a.out, lr=4e-4, seed=7, weight_decay=.02, save_every=600, milestone=publish)
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+    def publish(weights, step):
+        tuned = type(clip)(clip.config).eval()
+        tuned.load_state_dict(weights)
+        _publish(tuned, tok, vae, step, a)
+
+    pretrain(
+        clip,
+        lambda g, step: pick_loss(clip, tok, vae, g),
+        a.steps,
+        a.out,
+        lr=4e-4,
+        seed=7,
+        weight_decay=0.02,
+        save_every=600,
+        milestone=publish,
+    )
+
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

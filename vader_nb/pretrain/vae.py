@@ -18,98 +18,154 @@ from .loop import options, pretrain, write_card
 def make_vae():
     "The small `AutoencoderKL`: 8x smaller in space, 4 channels, 1 M parameters."
     from diffusers import AutoencoderKL
-    return AutoencoderKL(3, 3, ('DownEncoderBlock2D',) * 4, ('UpDecoderBlock2D',) * 4, (16, 32, 64, 64), layers_per_block=1,
-                         latent_channels=4, norm_num_groups=4, sample_size=64, scaling_factor=1., force_upcast=False)
 
-def quick_start(vae): # changed in place
-    "First weights that keep the size of a signal, with quiet residual branches and little noise on the latent: far fewer steps to a recognisable frame."
+    return AutoencoderKL(
+        3,
+        3,
+        ('DownEncoderBlock2D',) * 4,
+        ('UpDecoderBlock2D',) * 4,
+        (16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+
+
+def quick_start(
+    vae,  # changed in place
+):
+    """First weights that keep the size of a signal, with quiet residual branches and little noise on the latent: far
+    fewer steps to a recognisable frame.
+    """
     for name, m in vae.named_modules():
         if isinstance(m, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(m.weight, nonlinearity='linear'); torch.nn.init.zeros_(m.bias)
-            if name.endswith('conv2'): m.weight.data *= .3
-    vae.quant_conv.bias.data[4:] = -5.                                        # log variance of the posterior
+            torch.nn.init.kaiming_normal_(m.weight, nonlinearity='linear')
+            torch.nn.init.zeros_(m.bias)
+            if name.endswith('conv2'):
+                m.weight.data *= 0.3
+    vae.quant_conv.bias.data[4:] = -5.0  # log variance of the posterior
     return vae
 
 # %% ../../nbs/zoo/01_vae.ipynb #c97bf792
-def frames(g,   # `torch.Generator`
-           n=12 # how many; half as many large ones
-          ):
+def frames(
+    g,     # `torch.Generator`
+    n=12,  # how many; half as many large ones
+):
     "A batch of frames (n, 3, h, w), where the subject stands (n, 1, h, w) and the contrast (n,) of each."
     size = [64, 64, 64, 64, 32, 48, 96][int(torch.randint(7, (1,), generator=g))]
     n = n if size <= 64 else n // 2
-    s = scenes(n, g, ['dull', 'any', 'vivid'][int(torch.randint(3, (1,), generator=g))], framed=bool(torch.rand(1, generator=g) < .9))
+    s = scenes(
+        n,
+        g,
+        ['dull', 'any', 'vivid'][int(torch.randint(3, (1,), generator=g))],
+        framed=bool(torch.rand(1, generator=g) < 0.9),
+    )
     x, cover = (o[:, 0] for o in draw(s, 16 * torch.rand(1, generator=g), size, size, cover=True))
-    k = n // 6                                                                # one in six is spoiled
+    k = n // 6  # one in six is spoiled
     kind = CORRUPTIONS[int(torch.randint(len(CORRUPTIONS), (1,), generator=g))]
     x[:k] = corrupt(x[:k, None], kind, torch.rand(k, generator=g), g)[:, 0]
     return x, cover, s.contrast
 
 # %% ../../nbs/zoo/01_vae.ipynb #cd019686
-HUE = torch.tensor([[1., -1., 0.], [.5, .5, -1.]])   # red-green and yellow-blue
+HUE = torch.tensor([[1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])  # red-green and yellow-blue
 
-def error(y, x,    # (n, 3, h, w) reconstruction and original
-          cover,   # (n, 1, h, w) where the subject stands
-          contrast # (n,) of the original
-         ):
+
+def error(
+    # (n, 3, h, w) reconstruction and original
+    y,
+    x,
+    cover,     # (n, 1, h, w) where the subject stands
+    contrast,  # (n,) of the original
+):
     "Weighted error of pixels and hue (a number), and the plain differences, detached."
     d = (y - x).movedim(1, -1)
-    per_pixel = d.abs().mean(-1) + d.pow(2).mean(-1) * 4 + .5 * (d @ HUE.T).abs().mean(-1)
-    return ((1 + 3 * cover[:, 0]) / (contrast.view(-1, 1, 1) + .3) * per_pixel).mean(), d.detach()
+    per_pixel = d.abs().mean(-1) + d.pow(2).mean(-1) * 4 + 0.5 * (d @ HUE.T).abs().mean(-1)
+    return ((1 + 3 * cover[:, 0]) / (contrast.view(-1, 1, 1) + 0.3) * per_pixel).mean(), d.detach()
 
 # %% ../../nbs/zoo/01_vae.ipynb #b84fdbed
-def vae_loss(vae, g, # network and `torch.Generator`
-             kl_weight=1e-3):
+def vae_loss(
+    # network and `torch.Generator`
+    vae,
+    g,
+    kl_weight=1e-3,
+):
     "Weighted L1 of pixels and hue, plus a little KL, on one random batch."
     x, cover, contrast = frames(g)
     q = vae.encode(2 * x - 1).latent_dist
-    y = vae.decode(q.mean + q.std * torch.randn(q.mean.shape, generator=g)).sample / 2 + .5
+    y = vae.decode(q.mean + q.std * torch.randn(q.mean.shape, generator=g)).sample / 2 + 0.5
     loss, d = error(y, x, cover, contrast)
-    kl = .5 * (q.mean**2 + q.var - 1 - q.logvar).mean()
-    seen = dict(psnr=-10 * d.pow(2).mean().log10(), kl=kl.detach(), std=q.mean.detach().std(), noise=q.std.detach().mean())
+    kl = 0.5 * (q.mean**2 + q.var - 1 - q.logvar).mean()
+    seen = dict(
+        psnr=-10 * d.pow(2).mean().log10(), kl=kl.detach(), std=q.mean.detach().std(), noise=q.std.detach().mean()
+    )
     return loss + kl_weight * kl, seen
 
 # %% ../../nbs/zoo/01_vae.ipynb #d9ed1587
 @torch.no_grad()
-def unit_latents(vae, # changed in place
-                 g,   # `torch.Generator`
-                 n=512):
+def unit_latents(
+    vae,  # changed in place
+    g,    # `torch.Generator`
+    n=512,
+):
     "Fold mean and scale of the latents of `n` dull frames into `quant_conv` and `post_quant_conv`."
     x = draw(scenes(n, g, 'dull'), 16 * torch.rand(1, generator=g))[:, 0]
     z = torch.cat([vae.encode(2 * o - 1).latent_dist.mean for o in x.split(32)])
-    m, s = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    m = z.mean((0, 2, 3))
+    s = z.std((0, 2, 3))
     q, p = vae.quant_conv, vae.post_quant_conv
-    q.weight[:4] /= s.view(-1, 1, 1, 1); q.bias[:4] = (q.bias[:4] - m) / s; q.bias[4:] -= 2 * s.log()
-    p.bias += (p.weight[:, :, 0, 0] * m).sum(1); p.weight *= s.view(1, -1, 1, 1)
+    q.weight[:4] /= s.view(-1, 1, 1, 1)
+    q.bias[:4] = (q.bias[:4] - m) / s
+    q.bias[4:] -= 2 * s.log()
+    p.bias += (p.weight[:, :, 0, 0] * m).sum(1)
+    p.weight *= s.view(1, -1, 1, 1)
 
 # %% ../../nbs/zoo/01_vae.ipynb #d4526c72
-def decoder_loss(vae, g,   # network and `torch.Generator`
-                 sigma=.08 # largest noise on the latents
-                ):
+def decoder_loss(
+    # network and `torch.Generator`
+    vae,
+    g,
+    sigma=0.08,  # largest noise on the latents
+):
     "The same loss, from fixed latents of unit scale with noise of standard deviation up to `sigma`."
     x, cover, contrast = frames(g)
-    with torch.no_grad(): z = vae.encode(2 * x - 1).latent_dist.mean
-    y = vae.decode(z + sigma * torch.rand(1, generator=g) * torch.randn(z.shape, generator=g)).sample / 2 + .5
+    with torch.no_grad():
+        z = vae.encode(2 * x - 1).latent_dist.mean
+    y = vae.decode(z + sigma * torch.rand(1, generator=g) * torch.randn(z.shape, generator=g)).sample / 2 + 0.5
     loss, d = error(y, x, cover, contrast)
     return loss, dict(psnr=-10 * d.pow(2).mean().log10())
 
 # %% ../../nbs/zoo/01_vae.ipynb #745eb9c8
 @torch.no_grad()
-def quality(vae, n=300, seed=1_000_003): # a seed that no training uses
+def quality(
+    # a seed that no training uses
+    vae,
+    n=300,
+    seed=1_000_003,
+):
     "PSNR in dB of held-out frames of each grade."
     out = {}
     for grade in ('dull', 'any', 'vivid'):
         x = draw(scenes(n, seed, grade), torch.tensor([3.3]))[:, 0]
-        y = torch.cat([vae.decode(vae.encode(2 * o - 1).latent_dist.mean).sample / 2 + .5 for o in x.split(50)]).clamp(0, 1)
+        y = torch.cat([vae.decode(vae.encode(2 * o - 1).latent_dist.mean).sample / 2 + 0.5 for o in x.split(50)]).clamp(
+            0, 1
+        )
         out[f'PSNR {grade} (dB)'] = round(-10 * (y - x).pow(2).mean((1, 2, 3)).log10().mean().item(), 2)
     return out
 
 # %% ../../nbs/zoo/01_vae.ipynb #743f93c8
 ABOUT = 'An `AutoencoderKL` trained on frames of the small world; shared by the small base models.'
 
+
 def _publish(state, a, facts):
     "Write averaged weights as a checkpoint with its card."
-    vae = make_vae(); vae.load_state_dict(state); vae.eval()
-    if not a.decoder: unit_latents(vae, make_generator(7))
+    vae = make_vae()
+    vae.load_state_dict(state)
+    vae.eval()
+    if not a.decoder:
+        unit_latents(vae, make_generator(7))
     with atomic_path(a.to) as d:
         vae.half().save_pretrained(d)
         write_card(d, 'Small image VAE', ABOUT, facts, quality(vae.float()))
@@ -118,17 +174,43 @@ def _publish(state, a, facts):
 def main(argv=None):
     "Train the VAE; `--decoder` only improves the decoder of the one that stands at `--to`, with a seed of its own."
     from diffusers import AutoencoderKL
-    a = options(argv, main.__doc__, steps=5000, out='runs/zoo/vae', to='vader_nb/checkpoints/modelscope/vae', decoder=False, seed=0)
-    torch.manual_seed(0); vae = AutoencoderKL.from_pretrained(a.to).float() if a.decoder else quick_start(make_vae())
-    vae = vae.to(memory_format=torch.channels_last)                           # a tenth faster on a CPU
-    facts = {'data': 'frames drawn on the fly, all grades, 32 to 96 pixels, 1 in 6 spoiled', 'steps': f'{a.steps}, batch 12', 'seed': a.seed,
-             'command': 'python -m vader_nb.pretrain.vae'}
+
+    a = options(
+        argv,
+        main.__doc__,
+        steps=5000,
+        out='runs/zoo/vae',
+        to='vader_nb/checkpoints/modelscope/vae',
+        decoder=False,
+        seed=0,
+    )
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(a.to).float() if a.decoder else quick_start(make_vae())
+    vae = vae.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
+    facts = {
+        'data': 'frames drawn on the fly, all grades, 32 to 96 pixels, 1 in 6 spoiled',
+        'steps': f'{a.steps}, batch 12',
+        'seed': a.seed,
+        'command': 'python -m vader_nb.pretrain.vae',
+    }
     if a.decoder:
-        for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv): part.requires_grad_(False)
+        for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv):
+            part.requires_grad_(False)
         facts = read_json(Path(a.to) / 'card.json')['training']
         facts[f'then, seed {a.seed}'] = f'{a.steps} steps of the decoder alone (--decoder --seed {a.seed})'
     loss = decoder_loss if a.decoder else vae_loss
-    pretrain(vae, lambda g, step: loss(vae, g), a.steps, a.out, lr=2e-3 if a.decoder else 3e-3, seed=a.seed, weight_decay=1e-4, save_every=300,
-             milestone=lambda w, step: _publish(w, a, facts))
+    pretrain(
+        vae,
+        lambda g, step: loss(vae, g),
+        a.steps,
+        a.out,
+        lr=2e-3 if a.decoder else 3e-3,
+        seed=a.seed,
+        weight_decay=1e-4,
+        save_every=300,
+        milestone=lambda w, step: _publish(w, a, facts),
+    )
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

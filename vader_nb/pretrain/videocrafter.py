@@ -25,56 +25,109 @@ def make_lvdm():
 def change_speed(
     x0,  # (b, c, 8, h, w) latents at 8 frames a second
     g,   # `torch.Generator`
-):       # latents, frames a second
+):  # latents, frames a second
     "The clips as they are, or four of their frames: every second one, or neighbours."
     kind = torch.randint(8, (1,), generator=g).item()
-    if kind < 2: return x0[:, :, ::2], 4
+    if kind < 2:
+        return x0[:, :, ::2], 4
     return (x0[:, :, 2:6], 8) if kind == 2 else (x0, 8)
 
 # %% ../../nbs/zoo/13_videocrafter.ipynb #81e13cb5
-def lvdm_loss(net, batches,  # network and `Batches`
-              g,             # `torch.Generator`
-              abar=schedule(SCHEDULE), scale=scale_table()):
+def lvdm_loss(
+    # network and `Batches`
+    net,
+    batches,
+    g,  # `torch.Generator`
+    abar=schedule(SCHEDULE),
+    scale=scale_table(),
+):
     "Min-SNR weighted squared error of eps on one random batch."
     x0, text = batches(g, len(batches.chunks))
     x0, fps = change_speed(x0, g)
-    t = torch.randint(1000, (len(x0),), generator=g); eps = torch.randn(x0.shape, generator=g)
+    t = torch.randint(1000, (len(x0),), generator=g)
+    eps = torch.randn(x0.shape, generator=g)
     err = (net(add_scaled_noise(x0, eps, t), t, text, fps) - eps).pow(2).mean((1, 2, 3, 4))
-    snr = scale[t]**2 * abar[t] / (1 - abar[t])
+    snr = scale[t] ** 2 * abar[t] / (1 - abar[t])
     return (err * snr.clamp(max=5) / snr).mean() * 2, dict(mse=err.detach().mean(), size=8 * x0.shape[-1], fps=fps)
 
 # %% ../../nbs/zoo/13_videocrafter.ipynb #7794d693
-ABOUT = ("An `LVDM`, VideoCrafter2's network, that draws dull clips of the small world from noisy captions; VAE and text tower are the small ModelScope's, "
-         "from whose denoiser its training began.")
+ABOUT = (
+    "An `LVDM`, VideoCrafter2's network, that draws dull clips of the small world from noisy captions; VAE and text "
+    "tower are the small ModelScope's, "
+    "from whose denoiser its training began."
+)
 
-def publish(state,  # of an `LVDM`
-            facts,  # dict: data, steps, seed, command
-            to):    # folder
+
+def publish(
+    state,  # of an `LVDM`
+    facts,  # dict: data, steps, seed, command
+    to,     # folder
+):
     "Write the weights in half precision, the sizes and the card."
     from safetensors.torch import save_file
-    with atomic_path(Path(to) / 'model.safetensors') as f: save_file({k: v.half().contiguous() for k, v in state.items()}, f)
+
+    with atomic_path(Path(to) / 'model.safetensors') as f:
+        save_file({k: v.half().contiguous() for k, v in state.items()}, f)
     write_json(Path(to) / 'config.json', make_lvdm().settings)
     write_card(to, 'Small VideoCrafter', ABOUT, facts, {})
 
-def measure(folder): # of a small VideoCrafter
+
+def measure(
+    folder,  # of a small VideoCrafter
+):
     "Complete its model card with what the judges say."
     card = read_json(Path(folder) / 'card.json')
     write_card(folder, card['title'], ABOUT, card['training'], quality(open_small(folder))[1])
+
 
 def main(argv=None):
     "Train the denoiser; `--measure` only lets the judges look."
     from diffusers import AutoencoderKL, UNet3DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
-    a = options(argv, main.__doc__, steps=700, out='runs/zoo/videocrafter', to='vader_nb/checkpoints/videocrafter', latents='runs/zoo/modelscope', measure=False,
-                start='vader_nb/checkpoints/modelscope', clip='vader_nb/checkpoints/clip')
-    if a.measure: return measure(a.to)
-    vae, clip = load_net(AutoencoderKL, f'{a.start}/vae'), load_net(CLIPTextModel, a.clip)
+
+    a = options(
+        argv,
+        main.__doc__,
+        steps=700,
+        out='runs/zoo/videocrafter',
+        to='vader_nb/checkpoints/videocrafter',
+        latents='runs/zoo/modelscope',
+        measure=False,
+        start='vader_nb/checkpoints/modelscope',
+        clip='vader_nb/checkpoints/clip',
+    )
+    if a.measure:
+        return measure(a.to)
+    vae = load_net(AutoencoderKL, f'{a.start}/vae')
+    clip = load_net(CLIPTextModel, a.clip)
     batches = Batches(a.latents, vae, clip, CLIPTokenizer.from_pretrained(a.clip), range(HATS - 1, HATS + 8))
     torch.manual_seed(3)
     net = from_unet3d(load_net(UNet3DConditionModel, f'{a.start}/unet').state_dict(), make_lvdm())
-    seen = dict(data='9 x 1024 dull clips of 4 or 8 frames, 32 to 96 pixels, noisy captions, 10% dropped', batch=16, seed=3) if a.steps else {}
-    facts = dict(start='weights of the small ModelScope', steps=a.steps, **seen, command=f'python -m vader_nb.pretrain.videocrafter --steps {a.steps}')
-    pretrain(net, lambda g, step: lvdm_loss(net, batches, g), a.steps, a.out, lr=1e-3, ema=.995, seed=3, save_every=180,
-             milestone=lambda w, step: publish(w, facts, a.to))
+    seen = (
+        dict(
+            data='9 x 1024 dull clips of 4 or 8 frames, 32 to 96 pixels, noisy captions, 10% dropped', batch=16, seed=3
+        )
+        if a.steps
+        else {}
+    )
+    facts = dict(
+        start='weights of the small ModelScope',
+        steps=a.steps,
+        **seen,
+        command=f'python -m vader_nb.pretrain.videocrafter --steps {a.steps}',
+    )
+    pretrain(
+        net,
+        lambda g, step: lvdm_loss(net, batches, g),
+        a.steps,
+        a.out,
+        lr=1e-3,
+        ema=0.995,
+        seed=3,
+        save_every=180,
+        milestone=lambda w, step: publish(w, facts, a.to),
+    )
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

@@ -10,22 +10,40 @@ __all__ = ['ABOUT', 'pan', 'pool', 'batch', 'looks', 'Painter', 'paint_loss', 'q
 import torch
 import torch.nn.functional as F
 from ..core import atomic_path, make_generator
-from ..nets.vjepa import MASKS, SMALL, Encoder, Predictor, VJepa, block_mask, block_size, draw_masks, half_masks, load_vjepa_net, save_vjepa_net, take
+from vader_nb.nets.vjepa import (
+    MASKS,
+    SMALL,
+    Encoder,
+    Predictor,
+    VJepa,
+    block_mask,
+    block_size,
+    draw_masks,
+    half_masks,
+    load_vjepa_net,
+    save_vjepa_net,
+    take,
+)
 from .loop import options, pretrain, write_card
 from ..rewards.base import freeze
 from ..rewards.vjepa import DISTURBANCES, VJepaReward, disturbed, vjepa_view
 from ..world.scenes import draw, scenes
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #b1ba4dc5
-def pan(video, g, # (n, f, 3, h, w), `torch.Generator`
-        most=.35, # how far a pan goes, in frames
-        zoom=1.5  # closest look
-        ):
+def pan(
+    # (n, f, 3, h, w), `torch.Generator`
+    video,
+    g,
+    most=0.35,  # how far a pan goes, in frames
+    zoom=1.5,   # closest look
+):
     "Look at each clip through a camera of its own, two in three of which move: things enter and leave."
     n, f = video.shape[:2]
     near = 1 / (1 + (zoom - 1) * torch.rand(n, 1, generator=g))
-    speed = 2 * most * (2 * torch.rand(n, 2, 1, generator=g) - 1) * (torch.rand(n, 1, 1, generator=g) < .67)
-    at = (1 - near)[..., None] * (2 * torch.rand(n, 2, 1, generator=g) - 1) + speed * torch.linspace(-.5, .5, f)   # (n, 2, f)
+    speed = 2 * most * (2 * torch.rand(n, 2, 1, generator=g) - 1) * (torch.rand(n, 1, 1, generator=g) < 0.67)
+    at = (1 - near)[..., None] * (2 * torch.rand(n, 2, 1, generator=g) - 1) + speed * torch.linspace(
+        -0.5, 0.5, f
+    )  # (n, 2, f)
     theta = torch.zeros(n, f, 2, 3)
     theta[..., 0, 0] = theta[..., 1, 1] = near
     theta[..., 2] = at.transpose(1, 2)
@@ -33,120 +51,234 @@ def pan(video, g, # (n, f, 3, h, w), `torch.Generator`
     return F.grid_sample(video.flatten(0, 1), grid, padding_mode='reflection', align_corners=False).view_as(video)
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #93d68f4b
-def pool(n,        # clips
-         seed=0,
-         piece=50  # drawn at once
-         ):
-    "Clips of all grades, half of them from their beginning, half mirrored, one in four panned: (n, 8, 3, 64, 64) as bytes."
-    g, clips = make_generator(seed), torch.empty(n, 8, 3, 64, 64, dtype=torch.uint8)
+def pool(
+    n,  # clips
+    seed=0,
+    piece=50,  # drawn at once
+):
+    """Clips of all grades, half of them from their beginning, half mirrored, one in four panned: (n, 8, 3, 64, 64) as
+    bytes.
+    """
+    g = make_generator(seed)
+    clips = torch.empty(n, 8, 3, 64, 64, dtype=torch.uint8)
     for k, i in enumerate(range(0, n, piece)):
-        x = draw(scenes(min(piece, n - i), g, ['dull', 'any', 'vivid'][k % 3]), torch.arange(8) + (k // 3 % 2) * 16 * torch.rand(1, generator=g))
-        if k % 4 == 3: x = pan(x, g)
+        x = draw(
+            scenes(min(piece, n - i), g, ['dull', 'any', 'vivid'][k % 3]),
+            torch.arange(8) + (k // 3 % 2) * 16 * torch.rand(1, generator=g),
+        )
+        if k % 4 == 3:
+            x = pan(x, g)
         x[::2] = x[::2].flip(-1)
-        clips[i:i + piece] = (x * 255).round().byte()
+        clips[i : i + piece] = (x * 255).round().byte()
     return clips
 
-def batch(clips # bytes as from `pool`
-          ):
+
+def batch(
+    clips,  # bytes as from `pool`
+):
     "Clips as the network wants them: (n, 3, 8, 64, 64)."
     return vjepa_view(clips.float() / 255, 64)
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #3dcd8925
-def looks(x,        # clips as from `batch`
-          motion=4. # times the change between the two frames of a token
-          ):
+def looks(
+    x,           # clips as from `batch`
+    motion=4.0,  # times the change between the two frames of a token
+):
     "What each token shows, 4 x 4 colours, and how it changes: (n, tokens, 96)."
-    first, second = x.unflatten(4, (8, 8)).unflatten(3, (8, 8)).unflatten(2, (4, 2)).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(1, 3).unbind(3)
-    coarse = lambda v: F.avg_pool2d(v.flatten(0, 1), 2).view(*v.shape[:3], 4, 4).flatten(2)
+    first, second = (
+        x.unflatten(4, (8, 8))
+        .unflatten(3, (8, 8))
+        .unflatten(2, (4, 2))
+        .permute(0, 2, 4, 6, 1, 3, 5, 7)
+        .flatten(1, 3)
+        .unbind(3)
+    )
+
+    def coarse(v):
+        return F.avg_pool2d(v.flatten(0, 1), 2).view(*v.shape[:3], 4, 4).flatten(2)
+
     return torch.cat([coarse(first + second) / 2, motion * coarse(second - first)], 2)
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #ac0ed431
 class Painter(torch.nn.Module):
-    "An encoder, and what tells how much its features know: a predictor that paints hidden places, a matrix that reads visible ones."
-    def __init__(self, c # `VJepaConfig`
-                 ):
-        super().__init__()
-        self.encoder, self.predictor = Encoder(c), Predictor(c)
-        self.paint, self.read = torch.nn.Linear(c.dim, 96), torch.nn.Linear(c.dim, 96)
+    """An encoder, and what tells how much its features know: a predictor that paints hidden places, a matrix that reads
+    visible ones.
+    """
 
-def paint_loss(painter, x, g # a `Painter`, clips as from `batch`, `torch.Generator` for the mask
-               ):
+    def __init__(
+        self,
+        c,  # `VJepaConfig`
+    ):
+        super().__init__()
+        self.encoder = Encoder(c)
+        self.predictor = Predictor(c)
+        self.paint = torch.nn.Linear(c.dim, 96)
+        self.read = torch.nn.Linear(c.dim, 96)
+
+
+def paint_loss(
+    # a `Painter`, clips as from `batch`, `torch.Generator` for the mask
+    painter,
+    x,
+    g,
+):
     "Mean absolute errors of what is painted and of what is read, added."
     visible, hidden = draw_masks(painter.encoder.grid, g)[0]
-    truth, seen = looks(x), painter.encoder(x, visible)
+    truth = looks(x)
+    seen = painter.encoder(x, visible)
     painted = (painter.paint(painter.predictor(seen, visible, hidden)) - take(truth, hidden)).abs().mean()
     read = (painter.read(F.layer_norm(seen, seen.shape[-1:])) - take(truth, visible)).abs().mean()
     return painted + read, dict(painted=painted.detach(), read=read.detach())
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #a9024c4e
-def question(grid, g # tokens along time, height and width; `torch.Generator`
-             ):
+def question(
+    # tokens along time, height and width; `torch.Generator`
+    grid,
+    g,
+):
     "What to ask next, for one half of the clips or for what a mask hides: (visible, hidden, which of `MASKS`)."
     kind = torch.randint(len(MASKS), (1,), generator=g).item()
-    if torch.rand(1, generator=g) < .8: return *half_masks(grid)[kind], kind
+    if torch.rand(1, generator=g) < 0.8:
+        return *half_masks(grid)[kind], kind
     share, blocks = MASKS[kind]
     return *block_mask(grid, block_size(grid, share, g), blocks, g), kind
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #ffe1a4bf
 @torch.no_grad()
-def known(net, clips, # `VJepa`, bytes as from `pool`
-          n=16        # at once
-          ):
+def known(
+    # `VJepa`, bytes as from `pool`
+    net,
+    clips,
+    n=16,  # at once
+):
     "What the encoders say of all clips, float16: of each half by itself, and the targets, both (clips, tokens, dim)."
-    halves = lambda x: torch.cat([net.encoder(x, visible) for visible, _ in half_masks(net.config.grid)], 1)
+
+    def halves(x):
+        return torch.cat([net.encoder(x, visible) for visible, _ in half_masks(net.config.grid)], 1)
+
     return [torch.cat([f(batch(c)).half() for c in clips.split(n)]) for f in (halves, net.targets)]
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #ea6291ac
-def predict_loss(net, clips, seen, target, # `VJepa`, bytes, both results of `known`
-                 g                         # `torch.Generator`: which clips, which question
-                 ):
+def predict_loss(
+    # `VJepa`, bytes, both results of `known`
+    net,
+    clips,
+    seen,
+    target,
+    g,  # `torch.Generator`: which clips, which question
+):
     "V-JEPA's error for one question, and beside it that of the best guess which ignores the clips."
     which = torch.randint(len(clips), (16,), generator=g)
     visible, hidden, kind = question(net.config.grid, g)
     half = visible.equal(half_masks(net.config.grid)[kind][0])
     context = take(seen[which], visible).float() if half else net.encoder(batch(clips[which]), visible)
     truth = take(target[which], hidden).float()
-    return (net.predictor(context, visible, hidden, kind) - truth).abs().mean(), dict(visible=len(visible), constant=(truth - truth.median(0).values).abs().mean())
+    return (net.predictor(context, visible, hidden, kind) - truth).abs().mean(), dict(
+        visible=len(visible), constant=(truth - truth.median(0).values).abs().mean()
+    )
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #07704a69
 @torch.no_grad()
 def ranking(reward, n=100, seed=1_000_003, piece=20):
     "Share of held-out clips that score above their disturbed version."
     s = scenes(n, seed, 'any')
-    score = lambda kind: torch.cat([reward(disturbed(kind, s[i:i + piece], make_generator(seed + i)) if kind else draw(s[i:i + piece])) for i in range(0, n, piece)])
+
+    def score(kind):
+        return torch.cat(
+            [
+                reward(disturbed(kind, s[i : i + piece], make_generator(seed + i)) if kind else draw(s[i : i + piece]))
+                for i in range(0, n, piece)
+            ]
+        )
+
     clean = score('')
     return {kind: (clean > score(kind)).float().mean().item() for kind in DISTURBANCES}
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #dadb4e4f
-ABOUT = ('Encoder and predictor of V-JEPA (patch 8, tubelet 2), trained on clips of the small world without labels: the encoder by painting hidden places, '
-         'the predictor by the masked prediction of its features. Context encoder and target encoder are the same.')
+ABOUT = (
+    'Encoder and predictor of V-JEPA (patch 8, tubelet 2), trained on clips of the small world without labels: the '
+    'encoder by painting hidden places, '
+    'the predictor by the masked prediction of its features. Context encoder and target encoder are the same.'
+)
+
 
 def _publish(net, step, a):
     "Write the network as a checkpoint with its card."
     n = 300 if step == a.steps else 40
-    facts = dict(data=f'{a.clips} clips of 8 frames, all grades, half of them from their beginning, half mirrored, one in four panned', steps=f'{a.painting} (encoder), then {step} of {a.steps} (predictor), batch 16', seed=0,
-                 command='python -m vader_nb.pretrain.vjepa')
-    masks, halves = ranking(VJepaReward(net), n), ranking(VJepaReward(net, halves=True), n)
+    facts = dict(
+        data=f'{a.clips} clips of 8 frames, all grades, half of them from their beginning, half mirrored, one in '
+             'four panned',
+        steps=f'{a.painting} (encoder), then {step} of {a.steps} (predictor), batch 16',
+        seed=0,
+        command='python -m vader_nb.pretrain.vjepa',
+    )
+    masks = ranking(VJepaReward(net), n)
+    halves = ranking(VJepaReward(net, halves=True), n)
     with atomic_path(a.to) as d:
         save_vjepa_net(net, d)
-        write_card(d, 'Small V-JEPA', ABOUT, facts, {f'a clip scores above its {k} version, of {n}': f'masks {masks[k]:.0%}, halves {halves[k]:.0%}' for k in DISTURBANCES})
+        write_card(
+            d,
+            'Small V-JEPA',
+            ABOUT,
+            facts,
+            {
+                f'a clip scores above its {k} version, of {n}': f'masks {masks[k]:.0%}, halves {halves[k]:.0%}'
+                for k in DISTURBANCES
+            },
+        )
+
 
 def _filled(state):
     "A `VJepa` with these weights."
-    net = VJepa(SMALL); net.load_state_dict(state)
+    net = VJepa(SMALL)
+    net.load_state_dict(state)
     return net
 
 # %% ../../nbs/zoo/12_vjepa.ipynb #139e19aa
 def main(argv=None):
     "Train V-JEPA: the encoder, then the predictor."
-    a = options(argv, main.__doc__, painting=1_800, steps=20_000, clips=10_000, out='runs/zoo/vjepa', to='vader_nb/checkpoints/vjepa')
-    torch.manual_seed(0); painter, clips = Painter(SMALL), pool(a.clips)
-    some = lambda g: batch(clips[torch.randint(len(clips), (16,), generator=g)])
-    weights = pretrain(painter, lambda g, step: paint_loss(painter, some(g), g), a.painting, f'{a.out}/encoder', lr=2e-3, weight_decay=.04)
-    torch.manual_seed(a.painting - 1)   # as the last step leaves it, after an interruption too
-    net, learnt = VJepa(SMALL), {k.removeprefix('encoder.'): v for k, v in weights.items() if k.startswith('encoder.')}
-    for encoder in (net.encoder, net.target_encoder): encoder.load_state_dict(learnt); freeze(encoder)
-    seen, target = known(net, clips)
-    pretrain(net, lambda g, step: predict_loss(net, clips, seen, target, g), a.steps, a.out, lr=4e-3, weight_decay=.04, save_every=240, milestone=lambda w, step: _publish(_filled(w), step, a))
+    a = options(
+        argv,
+        main.__doc__,
+        painting=1_800,
+        steps=20_000,
+        clips=10_000,
+        out='runs/zoo/vjepa',
+        to='vader_nb/checkpoints/vjepa',
+    )
+    torch.manual_seed(0)
+    painter = Painter(SMALL)
+    clips = pool(a.clips)
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook
+    def some(g):
+        return batch(clips[torch.randint(len(clips), (16,), generator=g)])
+
+    weights = pretrain(
+        painter,
+        lambda g, step: paint_loss(painter, some(g), g),
+        a.painting,
+        f'{a.out}/encoder',
+        lr=2e-3,
+        weight_decay=0.04,
+    )
+    torch.manual_seed(a.painting - 1)  # as the last step leaves it, after an interruption too
+    net = VJepa(SMALL)
+    learnt = {k.removeprefix('encoder.'): v for k, v in weights.items() if k.startswith('encoder.')}
+    for encoder in (net.encoder, net.target_encoder):
+        encoder.load_state_dict(learnt)
+        freeze(encoder)
+    seen, target = known(net, clips)
+    pretrain(
+        net,
+        lambda g, step: predict_loss(net, clips, seen, target, g),
+        a.steps,
+        a.out,
+        lr=4e-3,
+        weight_decay=0.04,
+        save_every=240,
+        milestone=lambda w, step: _publish(_filled(w), step, a),
+    )
+
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

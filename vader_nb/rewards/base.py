@@ -15,41 +15,69 @@ from torch import nn
 from ..core import check, make_generator, randn, to_frames
 
 # %% ../../nbs/4_method/03_reward.ipynb #f8f05e17
-def check_video(video,              # pixels (b, f, 3, h, w) in [0, 1], any float dtype
-                prompts=None,       # list of b prompts, or None
-                min_frames=1,       # the shortest clip that the reward can score
-                needs_prompts=False # does the reward compare the video with its prompt?
-                ):
+def check_video(
+    video,                # pixels (b, f, 3, h, w) in [0, 1], any float dtype
+    prompts=None,         # list of b prompts, or None
+    min_frames=1,         # the shortest clip that the reward can score
+    needs_prompts=False,  # does the reward compare the video with its prompt?
+):
     "Raise a one-line `VaderError` if a reward cannot make sense of `video` and `prompts`."
-    check(torch.is_tensor(video) and video.is_floating_point(), f'video must be a float tensor in [0, 1], not {_kind(video)}')
-    check(video.ndim == 5 and video.shape[2] == 3, f'video must have the shape (b, f, 3, h, w), not {tuple(video.shape)}')
+    check(
+        torch.is_tensor(video) and video.is_floating_point(),
+        f'video must be a float tensor in [0, 1], not {_kind(video)}',
+    )
+    check(
+        video.ndim == 5 and video.shape[2] == 3, f'video must have the shape (b, f, 3, h, w), not {tuple(video.shape)}'
+    )
     check(video.numel() > 0, f'video is empty: its shape is {tuple(video.shape)}')
-    check(video.shape[1] >= min_frames, f'this reward needs clips of at least {min_frames} frames, not {video.shape[1]}')
-    check(prompts is not None or not needs_prompts, 'this reward compares each video with its prompt: pass prompts=[...]')
+    check(
+        video.shape[1] >= min_frames, f'this reward needs clips of at least {min_frames} frames, not {video.shape[1]}'
+    )
+    check(
+        prompts is not None or not needs_prompts, 'this reward compares each video with its prompt: pass prompts=[...]'
+    )
     check(not isinstance(prompts, str), 'prompts must be a list with one prompt per video, not a single string')
-    check(prompts is None or len(prompts) == len(video), f'{len(video)} videos need {len(video)} prompts, not {len(prompts or [])}')
-    if not video.is_meta: _check_pixels(video.detach())
+    check(
+        prompts is None or len(prompts) == len(video),
+        f'{len(video)} videos need {len(video)} prompts, not {len(prompts or [])}',
+    )
+    if not video.is_meta:
+        _check_pixels(video.detach())
 
 # %% ../../nbs/4_method/03_reward.ipynb #6c8417fb
 def _kind(x):
     "What `x` is, in words, for an error message."
     return f'a tensor of {x.dtype}' if torch.is_tensor(x) else type(x).__name__
 
+
 def _check_pixels(video):
     "Pixels are finite, and at most a quarter of them lies outside [-0.25, 1.25]."
-    finite, outside, low, high = torch.stack([video.isfinite().float().mean(), ((video - .5).abs() > .75).float().mean(),
-                                              video.min().float(), video.max().float()]).tolist()
-    check(finite == 1, f'{(1 - finite):.1%} of the pixels are not finite (nan or inf): the sampler or the decoder diverged')
-    check(outside < .25, f'pixels must lie in [0, 1], but these go from {low:.3g} to {high:.3g}, {outside:.0%} of them far outside: '
-                         'rescale the video, or, where a model that is being trained drew it, lower its learning rate')
+    finite, outside, low, high = torch.stack(
+        [
+            video.isfinite().float().mean(),
+            ((video - 0.5).abs() > 0.75).float().mean(),
+            video.min().float(),
+            video.max().float(),
+        ]
+    ).tolist()
+    check(
+        finite == 1,
+        f'{(1 - finite):.1%} of the pixels are not finite (nan or inf): the sampler or the decoder diverged',
+    )
+    check(
+        outside < 0.25,
+        f'pixels must lie in [0, 1], but these go from {low:.3g} to {high:.3g}, {outside:.0%} of them far outside: '
+        'rescale the video, or, where a model that is being trained drew it, lower its learning rate',
+    )
 
 # %% ../../nbs/4_method/03_reward.ipynb #de84832b
 class Reward(nn.Module):
     "A differentiable score of videos: higher is better, one number per video."
-    name = 'reward'       # the name in logs
-    wants = 'frame'       # 'frame': a mean over single frames; 'clip': needs the whole clip
-    min_frames = 1        # the shortest clip that it can score
-    needs_prompts = False # does it compare the video with the prompt?
+
+    name = 'reward'        # the name in logs
+    wants = 'frame'        # 'frame': a mean over single frames; 'clip': needs the whole clip
+    min_frames = 1         # the shortest clip that it can score
+    needs_prompts = False  # does it compare the video with the prompt?
 
     def score(self, video, prompts, generator):
         "The score (b,) of a checked `video`. Every reward writes this one."
@@ -59,8 +87,12 @@ class Reward(nn.Module):
         "The reward (b,) of `video`."
         return self.combine(self.parts(video, prompts, generator))
 
-    def __add__(self, other): return Sum(_terms(self) + _terms(other))
-    def __mul__(self, weight): return Sum([(weight * w, r) for w, r in _terms(self)])
+    def __add__(self, other):
+        return Sum(_terms(self) + _terms(other))
+
+    def __mul__(self, weight):
+        return Sum([(weight * w, r) for w, r in _terms(self)])
+
     __rmul__ = __mul__
 
 # %% ../../nbs/4_method/03_reward.ipynb #9a744000
@@ -68,15 +100,19 @@ def _own_precision(video):
     "Switch off a trainer's autocast (which meta tensors know nothing of)."
     return nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False)
 
+
 @patch
-def parts(self: Reward,
-          video,          # pixels (b, f, 3, h, w) in [0, 1]
-          prompts=None,   # list of b prompts
-          generator=None  # for rewards that draw at random (masks): one draw per call, shared by the batch
-          ):
+def parts(
+    self: Reward,
+    video,           # pixels (b, f, 3, h, w) in [0, 1]
+    prompts=None,    # list of b prompts
+    generator=None,  # for rewards that draw at random (masks): one draw per call, shared by the batch
+):
     "Each term's unweighted score, as a dict from name to (b,)."
     check_video(video, prompts, self.min_frames, self.needs_prompts)
-    with _own_precision(video): return {self.name: self.score(video, prompts, generator)}
+    with _own_precision(video):
+        return {self.name: self.score(video, prompts, generator)}
+
 
 @patch
 def combine(self: Reward, parts):
@@ -86,26 +122,35 @@ def combine(self: Reward, parts):
 # %% ../../nbs/4_method/03_reward.ipynb #b40e9e85
 class Sum(Reward):
     "A weighted sum of rewards; `2*a + b` makes one."
-    def __init__(self, terms # list of (weight, reward)
-                 ):
+
+    def __init__(
+        self,
+        terms,  # list of (weight, reward)
+    ):
         super().__init__()
-        self.weights, self.rewards = [w for w, _ in terms], nn.ModuleList(r for _, r in terms)
+        self.weights = [w for w, _ in terms]
+        self.rewards = nn.ModuleList(r for _, r in terms)
         self.name = ' + '.join(r.name if w == 1 else f'{w:g}*{r.name}' for w, r in terms)
         self.wants = 'clip' if any(r.wants == 'clip' for r in self.rewards) else 'frame'
         self.min_frames = max(r.min_frames for r in self.rewards)
         self.needs_prompts = any(r.needs_prompts for r in self.rewards)
         names = {r.name for r in self.rewards}
-        check(len(names) == len(set(self.rewards)), f'two rewards of "{self.name}" share a name: set .name on one of them')
+        check(
+            len(names) == len(set(self.rewards)), f'two rewards of "{self.name}" share a name: set .name on one of them'
+        )
 
     def parts(self, video, prompts=None, generator=None):
         return {k: v for r in dict.fromkeys(self.rewards) for k, v in r.parts(video, prompts, generator).items()}
 
-    def combine(self, parts): return sum(w * parts[r.name] for w, r in zip(self.weights, self.rewards))
+    def combine(self, parts):
+        return sum(w * parts[r.name] for w, r in zip(self.weights, self.rewards))
 
 # %% ../../nbs/4_method/03_reward.ipynb #21cb08d2
 def _terms(x):
     "A reward as a list of (weight, reward)."
-    check(isinstance(x, Reward), f'a reward can be added to a reward and multiplied by a number, but this is {_kind(x)}')
+    check(
+        isinstance(x, Reward), f'a reward can be added to a reward and multiplied by a number, but this is {_kind(x)}'
+    )
     return list(zip(x.weights, x.rewards)) if isinstance(x, Sum) else [(1, x)]
 
 # %% ../../nbs/4_method/03_reward.ipynb #58de7b71
@@ -113,12 +158,16 @@ class _FromFunction(Reward):
     def __init__(self, fn, name, wants):
         super().__init__()
         self.fn, self.name, self.wants = fn, name, wants
-    def score(self, video, prompts, generator): return self.fn(video, prompts)
 
-def reward_from(fn,           # function (video, prompts) -> (b,), differentiable
-                name,         # its name in logs
-                wants='frame' # 'frame' or 'clip'
-                ):
+    def score(self, video, prompts, generator):
+        return self.fn(video, prompts)
+
+
+def reward_from(
+    fn,             # function (video, prompts) -> (b,), differentiable
+    name,           # its name in logs
+    wants='frame',  # 'frame' or 'clip'
+):
     "Make a `Reward` of a plain function."
     check(wants in ('frame', 'clip'), f"wants must be 'frame' or 'clip', not {wants!r}")
     return _FromFunction(fn, name, wants)
@@ -129,22 +178,27 @@ def freeze(module):
     return module.eval().requires_grad_(False)
 
 # %% ../../nbs/4_method/03_reward.ipynb #7b5c8df4
-def frame_mean(score, # function (n, c, h, w) -> (n,)
-               video  # (b, f, c, h, w)
-               ):
+def frame_mean(
+    score,  # function (n, c, h, w) -> (n,)
+    video,  # (b, f, c, h, w)
+):
     "Score every frame as a picture and take the mean over each video's frames: (b,)."
     return score(to_frames(video)).unflatten(0, video.shape[:2]).mean(1)
 
 # %% ../../nbs/4_method/03_reward.ipynb #fa56f86d
-def reward_gradient(reward,        # a `Reward`
-                    video,         # pixels (b, f, 3, h, w)
-                    prompts=None,  # list of b prompts
-                    generator=None # for rewards that draw at random
-                    ):
+def reward_gradient(
+    reward,          # a `Reward`
+    video,           # pixels (b, f, 3, h, w)
+    prompts=None,    # list of b prompts
+    generator=None,  # for rewards that draw at random
+):
     "Scores (b,) and the gradient of each video's score at its own pixels, shaped like `video`."
     x = video.detach().clone().requires_grad_()
     scores = reward(x, prompts, generator)
-    check(scores.shape == (len(video),), f'{reward.name} must return one score per video, shape ({len(video)},), not {tuple(scores.shape)}')
+    check(
+        scores.shape == (len(video),),
+        f'{reward.name} must return one score per video, shape ({len(video)},), not {tuple(scores.shape)}',
+    )
     check(scores.requires_grad, f'{reward.name} is not differentiable: its scores carry no graph back to the pixels')
     return scores.detach(), torch.autograd.grad(scores.sum(), x)[0]
 
@@ -152,32 +206,53 @@ def reward_gradient(reward,        # a `Reward`
 def _slope_error(reward, video, prompts, grad, seed):
     "Largest |finite difference - <grad, d>| / |grad| over videos, for one random direction `d`."
     d = randn(video.shape, make_generator(4242 + seed)).to(video)
-    at = lambda e: reward(video + e*d, prompts, make_generator(0)).double()
-    told, norm = (grad * d).flatten(1).double().sum(1), grad.flatten(1).double().norm(dim=1)
-    return min(((((at(e) - at(-e)) / (2*e)) - told).abs() / norm).max().item() for e in (1e-2, 3e-3, 1e-3, 3e-4))
+
+    def at(e):
+        return reward(video + e * d, prompts, make_generator(0)).double()
+
+    told = (grad * d).flatten(1).double().sum(1)
+    norm = grad.flatten(1).double().norm(dim=1)
+    return min(((((at(e) - at(-e)) / (2 * e)) - told).abs() / norm).max().item() for e in (1e-2, 3e-3, 1e-3, 3e-4))
+
 
 def _alone(reward, video, prompts, order):
     "Scores of the videos taken one at a time, and of all in another `order`, put back."
-    pick = lambda idx: reward(video[idx], prompts and [prompts[i] for i in idx], make_generator(0))
-    return torch.cat([pick([i]) for i in range(len(video))]), pick(order)[torch.tensor(order).argsort().to(video.device)]
+
+    def pick(idx):
+        return reward(video[idx], prompts and [prompts[i] for i in idx], make_generator(0))
+
+    return torch.cat([pick([i]) for i in range(len(video))]), pick(order)[
+        torch.tensor(order).argsort().to(video.device)
+    ]
 
 # %% ../../nbs/4_method/03_reward.ipynb #9a7139d2
-def check_reward(reward,       # a `Reward`
-                 video,        # pixels (b, f, 3, h, w), b >= 2 different videos
-                 prompts=None, # list of b different prompts
-                 tol=.05       # largest relative error of the slopes
-                 ):
+def check_reward(
+    reward,        # a `Reward`
+    video,         # pixels (b, f, 3, h, w), b >= 2 different videos
+    prompts=None,  # list of b different prompts
+    tol=0.05,      # largest relative error of the slopes
+):
     "Put `reward` to the contract test; returns what was measured, raises `VaderError` where it fails."
     check(len(video) > 1, 'check_reward needs at least two videos')
     scores, grad = reward_gradient(reward, video, prompts, make_generator(0))
     norms = grad.flatten(1).norm(dim=1)
-    check(scores.isfinite().all() and norms.isfinite().all(), f'{reward.name}: scores {scores.tolist()} and gradient norms {norms.tolist()} must be finite')
-    check(norms.min() > 0, f'{reward.name}: video {norms.argmin().item()} gets a gradient of zero, so nothing can be learnt from it')
+    check(
+        scores.isfinite().all() and norms.isfinite().all(),
+        f'{reward.name}: scores {scores.tolist()} and gradient norms {norms.tolist()} must be finite',
+    )
+    check(
+        norms.min() > 0,
+        f'{reward.name}: video {norms.argmin().item()} gets a gradient of zero, so nothing can be learnt from it',
+    )
     with torch.no_grad():
         slope = max(_slope_error(reward, video, prompts, grad, s) for s in range(3))
-        alone, order = [(s - scores).abs().max().item() for s in _alone(reward, video, prompts, list(range(len(video)))[::-1])]
+        alone, order = [
+            (s - scores).abs().max().item() for s in _alone(reward, video, prompts, list(range(len(video)))[::-1])
+        ]
     check(slope < tol, f'{reward.name}: its gradient disagrees with finite differences by {slope:.1%}')
     near = 1e-4 * (1 + scores.abs().max().item())
     check(alone < near, f'{reward.name}: a video scored alone differs by {alone:.2g} from the same video in a batch')
     check(order < near, f'{reward.name}: scores change by {order:.2g} with the order of the batch')
-    return dict(scores=scores.tolist(), gradient_norms=norms.tolist(), slope_error=slope, alone_error=alone, order_error=order)
+    return dict(
+        scores=scores.tolist(), gradient_norms=norms.tolist(), slope_error=slope, alone_error=alone, order_error=order
+    )
