@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest, torch
 from torch.nn.parallel import DistributedDataParallel
-from test_memory import Tiny, cond
+from tiny_models import Tiny, cond
 from vader_nb.memory import tricks
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora, lora_parameters

@@ -4,6 +4,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from vader_nb.core import make_generator
+from vader_nb.memory.lora import lora_parameters
+from vader_nb.models.base import Condition, VideoModel
+
 WORDS = 'a panda fox dog riding bike playing chess washing dishes with hat'.split()
 SCHEDULE = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
 
@@ -60,3 +64,32 @@ def published_layout(folder, seed=0):
     (folder/'tokenizer/merges.txt').write_text('#version: 0.2\n' + '\n'.join(m if isinstance(m, str) else ' '.join(m) for m in made['merges']) + '\n')
     (folder/'tokenizer/tokenizer.json').unlink()
     return pipe
+
+
+class Tiny(VideoModel):
+    "Random networks of ModelScope's classes without a text encoder."
+    name = 'tiny'
+    def __init__(self, seed=0):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            unet = UNet3DConditionModel(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=12, attention_head_dim=4,
+                                        layers_per_block=1, down_block_types=('CrossAttnDownBlock3D', 'DownBlock3D'),
+                                        up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D'))
+            for p in unet.parameters():
+                if p.abs().sum() == 0: p.data.normal_(0, .1)  # the zero-initialised last convolutions would hide the temporal layers
+            self.vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, latent_channels=4,
+                                     down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2).eval().requires_grad_(False)
+        super().__init__(unet.eval(), DDIMScheduler(clip_sample=False))
+        self.vae_scale = 2
+    def denoise(self, x, t, embeds): return self.denoiser(x, t, embeds).sample
+    def to_pixels(self, z): return self.vae.decode(z).sample / 2 + .5
+
+cond = Condition(torch.randn(2, 5, 12, generator=make_generator(1)), torch.randn(2, 5, 12, generator=make_generator(2)))
+
+def pretend_training(model, seed=3):
+    with torch.no_grad():
+        for p in lora_parameters(model): p.add_(.2 * torch.randn(p.shape, generator=make_generator(seed)))
+
+def gradient(model, x, frames=None):
+    loss = model.decode(model.predict(x, 500, cond, 3.), frames).square().mean()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora_parameters(model))])
