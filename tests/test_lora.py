@@ -50,7 +50,7 @@ def test_half_precision_base_keeps_float32_adapters(model):
     assert {p.dtype for p in add_lora(model)} == {torch.float32}
     assert model.denoiser.base_model.model.conv_in.weight.dtype == torch.float16
 
-def test_saved_lora_gives_the_same_frames_in_plain_diffusers(model, x, tmp_path):
+def test_saved_lora_gives_the_same_count_frames_plain_diffusers(model, x, tmp_path):
     add_lora(model, rank=4, alpha=2)
     pretend_training(model)
     save_lora(model, tmp_path/'lora')

@@ -5,37 +5,45 @@
 # %% auto #0
 __all__ = ['to_uint8', 'keep_small', 'strip', 'tile', 'save_gif', 'save_mp4', 'player', 'side_by_side', 'curve', 'heatmap']
 
-# %% ../nbs/1_ground/01_show.ipynb #87c0a64a
+# %% ../nbs/1_ground/01_show.ipynb #49f3d21f
 from io import BytesIO
-import numpy as np, torch
+import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from .core import atomic_path, check
 
-# %% ../nbs/1_ground/01_show.ipynb #919e3195
+# %% ../nbs/1_ground/01_show.ipynb #d91e9909
+def _as_batch(video):
+    "Clips (b, f, c, h, w), also if it is only one (f, c, h, w)."
+    return video[None] if video.ndim == 4 else video
+
 def to_uint8(
     video: torch.Tensor,  # (b, f, c, h, w) or one clip (f, c, h, w); what lies outside [0, 1] is clamped
-) -> np.ndarray:          # (b, f, h, w, 3) bytes
-    "Clips as 8-bit RGB pictures, for eyes only."
-    if video.ndim == 4: video = video[None]
-    check(video.ndim == 5 and video.shape[2] in (1, 3),
-          f"to show a video it must be (b, f, 3, h, w) or (f, 3, h, w), this has shape {tuple(video.shape)}")
+) -> np.ndarray:  # (b, f, h, w, 3) bytes
+    "Clips as 8-bit RGB pictures, to be seen by people only."
+    video = _as_batch(video)
+    right = video.ndim == 5 and video.shape[2] in (1, 3)
+    check(right, f'to show a video it must be (b, f, 3, h, w) or (f, 3, h, w), this has shape {tuple(video.shape)}')
     x = video.detach().float().cpu().expand(-1, -1, 3, -1, -1).nan_to_num()
-    return (x.clamp(0, 1)*255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+    return (x.clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
 
-# %% ../nbs/1_ground/01_show.ipynb #ac028c2d
+# %% ../nbs/1_ground/01_show.ipynb #415684d7
 def _join(
-    xs,        # arrays of equal shape
-    axis,      # along which they are joined
-    gap=2,     # pixels between them
-    fill=24,   # grey of the gap, 0 to 255
+    arrays,   # of equal shape
+    axis,     # along which they are joined
+    gap=2,    # pixels between them
+    fill=24,  # grey of the gap, 0 to 255
 ):
     "Arrays of bytes one after the other, with a gap between them."
-    shape = list(xs[0].shape)
+    shape = list(arrays[0].shape)
     shape[axis] = gap
     space = np.full(shape, fill, np.uint8)
-    return np.concatenate([y for x in xs for y in (space, x)][1:], axis)
+    joined = [arrays[0]]
+    for array in arrays[1:]: joined += [space, array]
+    return np.concatenate(joined, axis)
 
-# %% ../nbs/1_ground/01_show.ipynb #1086d675
+# %% ../nbs/1_ground/01_show.ipynb #4a8d45fe
 def _fit(
     text,   # to be written
     width,  # pixels there are
@@ -47,46 +55,44 @@ def _fit(
     while text and font.getlength(text + '...') > width - 4: text = text[:-1]
     return text + '...', font
 
-# %% ../nbs/1_ground/01_show.ipynb #574dc180
 def _titled(
     x,      # (f, h, w, 3) bytes
     title,  # None leaves the place for it empty
 ):
     "Pictures with a title on a white line above each."
-    bar = Image.new('RGB', (x.shape[2], 20), 'white')
-    text, font = _fit(str(title or ''), bar.width)
-    ImageDraw.Draw(bar).text((2, 1), text, fill=(40, 40, 40), font=font)
-    return np.concatenate([np.broadcast_to(np.asarray(bar), (len(x), *np.shape(bar))), x], 1)
+    line = Image.new('RGB', (x.shape[2], 20), 'white')
+    text, font = _fit(str(title or ''), line.width)
+    ImageDraw.Draw(line).text((2, 1), text, fill=(40, 40, 40), font=font)
+    lines = np.broadcast_to(np.asarray(line), (len(x), 20, line.width, 3))
+    return np.concatenate([lines, x], 1)
 
-# %% ../nbs/1_ground/01_show.ipynb #fe7b0b71
+# %% ../nbs/1_ground/01_show.ipynb #c34dff01
 def _names(
     titles,  # one for each clip, one text for a single clip, or None
     n,       # number of clips
 ):
     "A title for each clip."
-    titles = [titles] if isinstance(titles, str) else list(titles or [None]*n)
-    check(len(titles) == n, f"{len(titles)} titles for {n} clips: give one for each")
+    if titles is None: return [None] * n
+    titles = [titles] if isinstance(titles, str) else list(titles)
+    check(len(titles) == n, f'{len(titles)} titles for {n} clips: give one for each')
     return titles
 
-# %% ../nbs/1_ground/01_show.ipynb #25ec0060
-def _shrunk(
-    video,  # (b, f, c, h, w) or (f, c, h, w)
-):
-    "Frames of more than 224 pixels averaged down to 112 and more: a strip of eight large frames would not fit on any page."
-    k = max(1, video.shape[-2]//112)
-    return torch.nn.functional.avg_pool3d(video.detach().float(), (1, k, k))
+# %% ../nbs/1_ground/01_show.ipynb #7bf69763
+def _shrunk(video):
+    "Frames of more than 224 pixels averaged down to 112 and more."
+    k = max(1, video.shape[-2] // 112)
+    return F.avg_pool3d(video.detach().float(), (1, k, k))
 
-# %% ../nbs/1_ground/01_show.ipynb #51b8e560
 def _enlarged(
     video,  # (b, f, c, h, w) or (f, c, h, w)
     zoom,   # whole factor, or None: about 112 pixels high
 ):
     "The clips as a list of (f, height, width, 3) byte arrays."
     x = to_uint8(video)
-    zoom = zoom or max(1, round(112/x.shape[2]))
+    zoom = zoom or max(1, round(112 / x.shape[2]))
     return list(x.repeat(zoom, 2).repeat(zoom, 3))
 
-# %% ../nbs/1_ground/01_show.ipynb #b88709d4
+# %% ../nbs/1_ground/01_show.ipynb #b515a571
 def _bytes(im, kind):
     "The image as the bytes of a PNG or JPEG file."
     out = BytesIO()
@@ -96,41 +102,43 @@ def _bytes(im, kind):
 def keep_small(
     im: Image.Image,   # any picture
     kind: str='JPEG',  # 'JPEG' for frames, 'PNG' for drawings
-) -> Image.Image:      # the same picture
+) -> Image.Image:  # the same picture
     "Make a notebook keep `im` once, well compressed."
-    def shown(k): return lambda: _bytes(im, kind) if k == kind else None
-    im._repr_png_, im._repr_jpeg_ = shown('PNG'), shown('JPEG')
+    im._repr_png_ = lambda: _bytes(im, 'PNG') if kind == 'PNG' else None
+    im._repr_jpeg_ = lambda: _bytes(im, 'JPEG') if kind == 'JPEG' else None
     return im
 
-# %% ../nbs/1_ground/01_show.ipynb #e9fd8a1b
+# %% ../nbs/1_ground/01_show.ipynb #3ac96ba5
 def strip(
     video: torch.Tensor,  # (b, f, c, h, w) or one clip (f, c, h, w)
     titles=None,          # one line above each clip
     zoom: int=None,       # enlarge by this factor; default: enlarge or shrink to about 112 pixels
 ) -> Image.Image:
     "A film strip: a row for each clip, its frames from left to right."
-    xs = _enlarged(video if zoom else _shrunk(video), zoom)
-    titles = _names(titles, len(xs))
-    rows = [_join(list(x), axis=1)[None] for x in xs]
-    if any(titles): rows = [_titled(r, t) for r, t in zip(rows, titles)]
+    clips = _enlarged(video if zoom else _shrunk(video), zoom)
+    titles = _names(titles, len(clips))
+    rows = [_join(list(clip), axis=1)[None] for clip in clips]
+    if any(titles): rows = [_titled(row, title) for row, title in zip(rows, titles)]
     return keep_small(Image.fromarray(_join(rows, axis=1, gap=4, fill=255)[0]))
 
-# %% ../nbs/1_ground/01_show.ipynb #e12a835a
+# %% ../nbs/1_ground/01_show.ipynb #373af260
 def tile(
     video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
     titles=None,          # one above each clip
     columns: int=None,    # clips in a row; default: up to 4
     zoom: int=None,       # enlarge by this factor; default: to about 112 pixels
-) -> np.ndarray:          # (f, height, width, 3) bytes
+) -> np.ndarray:  # (f, height, width, 3) bytes
     "All clips as one moving grid."
-    xs = _enlarged(video, zoom)
-    titles = _names(titles, len(xs))
-    if any(titles): xs = [_titled(x, t) for x, t in zip(xs, titles)]
-    n = columns or min(len(xs), 4)
-    xs += [np.full_like(xs[0], 255)]*(-len(xs) % n)
-    return _join([_join(xs[i:i + n], axis=2) for i in range(0, len(xs), n)], axis=1)
+    clips = _enlarged(video, zoom)
+    titles = _names(titles, len(clips))
+    if any(titles): clips = [_titled(clip, title) for clip, title in zip(clips, titles)]
+    n = columns or min(len(clips), 4)
+    empty = -len(clips) % n
+    clips += [np.full_like(clips[0], 255)] * empty
+    rows = [_join(clips[i:i + n], axis=2) for i in range(0, len(clips), n)]
+    return _join(rows, axis=1)
 
-# %% ../nbs/1_ground/01_show.ipynb #a98b93a2
+# %% ../nbs/1_ground/01_show.ipynb #358beedc
 def save_gif(
     video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
     path,                 # file to write
@@ -138,20 +146,18 @@ def save_gif(
     fps: float=8,         # frames per second
 ):
     "Save the clips, side by side, as a GIF that loops."
-    frames = [Image.fromarray(x).quantize(256, dither=Image.Dither.NONE) for x in tile(video, titles)]
+    pictures = [Image.fromarray(x) for x in tile(video, titles)]
+    first, *others = [p.quantize(256, dither=Image.Dither.NONE) for p in pictures]
     with atomic_path(path) as new:
-        frames[0].save(new, 'GIF', save_all=True, append_images=frames[1:], duration=round(1000/fps), loop=0)
+        first.save(new, 'GIF', save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
 
-# %% ../nbs/1_ground/01_show.ipynb #0eac3cdc
-def _frames_in(
-    path,  # of a video
-):
-    "How many frames the file holds; 0 if it is broken (ffmpeg reports a full disk to nobody but its log)."
+# %% ../nbs/1_ground/01_show.ipynb #32c6fdb1
+def _count_frames(path):
+    "How many frames a video file holds; 0 if it is broken."
     from imageio_ffmpeg import count_frames_and_secs
     try: return count_frames_and_secs(str(path))[0]
     except RuntimeError: return 0
 
-# %% ../nbs/1_ground/01_show.ipynb #91a03560
 def save_mp4(
     video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
     path,                 # file to write, ending in .mp4
@@ -159,41 +165,49 @@ def save_mp4(
     fps: float=8,         # frames per second
 ):
     "Save the clips, side by side, as an H.264 video that browsers play."
-    import imageio.v2 as iio
+    import imageio.v2 as imageio
     x = tile(video, titles)
-    x = np.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)], mode='edge')
+    x = np.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)], mode='edge')  # H.264 wants even sides
+    options = dict(codec='libx264', quality=8, macro_block_size=1, ffmpeg_log_level='quiet')
     with atomic_path(path) as new:
-        iio.mimwrite(new, x, format='FFMPEG', fps=fps, codec='libx264', quality=8, macro_block_size=1, ffmpeg_log_level='quiet')
-        check(_frames_in(new) == len(x), f"ffmpeg could not write {path} to its end: free some space or choose another folder")
+        imageio.mimwrite(new, x, format='FFMPEG', fps=fps, **options)
+        whole = _count_frames(new) == len(x)
+        check(whole, f'ffmpeg could not write {path} to its end: free some space or choose another folder')
 
-# %% ../nbs/1_ground/01_show.ipynb #ed915049
+# %% ../nbs/1_ground/01_show.ipynb #4baba24b
 def player(
     video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
     titles=None,          # one above each clip
     columns: int=None,    # clips in a row; default: up to 4
     fps: float=8,         # frames per second
-):
+):  # -> an ipywidgets box
     "A widget that plays the clips side by side; a film strip where widgets cannot run."
     import ipywidgets as W
-    frames = [W.Image(value=_bytes(Image.fromarray(x), 'JPEG'), format='jpeg') for x in tile(video, titles, columns)]
-    stack, last = W.Stack(frames, selected_index=0), len(frames) - 1
-    play, slider = W.Play(max=last, interval=round(1000/fps), repeat=True), W.IntSlider(max=last, description='frame')
-    W.jslink((play, 'value'), (slider, 'value')), W.jslink((slider, 'value'), (stack, 'selected_index'))
-    box, still = W.VBox([stack, W.HBox([play, slider])]), _bytes(strip(video, titles), 'JPEG')
-    box._repr_mimebundle_ = lambda **kw: W.VBox._repr_mimebundle_(box) | {'text/plain': 'a player', 'image/jpeg': still}
+    pictures = [_bytes(Image.fromarray(x), 'JPEG') for x in tile(video, titles, columns)]
+    stack = W.Stack([W.Image(value=p, format='jpeg') for p in pictures], selected_index=0)
+    last = len(pictures) - 1
+    play = W.Play(max=last, interval=round(1000 / fps), repeat=True)
+    slider = W.IntSlider(max=last, description='frame')
+    W.jslink((play, 'value'), (slider, 'value'))
+    W.jslink((slider, 'value'), (stack, 'selected_index'))
+    box = W.VBox([stack, W.HBox([play, slider])])
+    still = {'text/plain': 'a player', 'image/jpeg': _bytes(strip(video, titles), 'JPEG')}
+    box._repr_mimebundle_ = lambda **options: W.VBox._repr_mimebundle_(box) | still
     return box
 
-# %% ../nbs/1_ground/01_show.ipynb #90233cb1
+# %% ../nbs/1_ground/01_show.ipynb #20de326b
 def side_by_side(
-    before: torch.Tensor,       # (b, f, c, h, w) or (f, c, h, w)
-    after: torch.Tensor,        # as many clips again
-    titles=('before', 'after'), # above the left and the right column
-    fps: float=8,               # frames per second
-):
+    before: torch.Tensor,        # (b, f, c, h, w) or (f, c, h, w)
+    after: torch.Tensor,         # as many clips again
+    titles=('before', 'after'),  # above the left and the right column
+    fps: float=8,                # frames per second
+):  # -> an ipywidgets box
     "A player with pairs of clips: left before, right after."
-    check(before.shape == after.shape, f"clips to compare need one shape, not {tuple(before.shape)} and {tuple(after.shape)}")
-    if before.ndim == 4: before, after = before[None], after[None]
-    return player(torch.stack([before, after], 1).flatten(0, 1), list(titles)*len(before), columns=2, fps=fps)
+    shapes = f'{tuple(before.shape)} and {tuple(after.shape)}'
+    check(before.shape == after.shape, f'clips to compare need one shape, not {shapes}')
+    before, after = _as_batch(before), _as_batch(after)
+    pairs = torch.stack([before, after], 1).flatten(0, 1)
+    return player(pairs, list(titles) * len(before), columns=2, fps=fps)
 
 # %% ../nbs/1_ground/01_show.ipynb #1be89e54
 def _running_mean(
@@ -203,7 +217,7 @@ def _running_mean(
     "The mean of the last `window` values at each place (of fewer at the start)."
     return np.array([np.mean(y[max(0, i + 1 - window):i + 1]) for i in range(len(y))])
 
-# %% ../nbs/1_ground/01_show.ipynb #c2a753ca
+# %% ../nbs/1_ground/01_show.ipynb #18491b8a
 def _line(
     ax,      # matplotlib axes
     x,       # where
@@ -213,10 +227,17 @@ def _line(
     colour,  # of the line
 ):
     "One curve on `ax`."
+    marker = 'o' if len(y) <= 30 else None
     if smooth > 1: ax.plot(x, y, color=colour, alpha=.25, lw=1)
-    ax.plot(x, _running_mean(y, smooth), color=colour, label=name, lw=2, marker='o' if len(y) <= 30 else None, ms=4)
+    ax.plot(x, _running_mean(y, smooth), color=colour, label=name, lw=2, marker=marker, ms=4)
 
-# %% ../nbs/1_ground/01_show.ipynb #fe161107
+def _drawn(figure):
+    "A matplotlib figure as an image."
+    out = BytesIO()
+    figure.savefig(out)
+    return Image.open(out).convert('RGB')
+
+# %% ../nbs/1_ground/01_show.ipynb #cebe7e47
 def curve(
     ys,               # numbers, or a dict name -> numbers
     xs=None,          # their places; default: 1, 2, ...
@@ -228,36 +249,39 @@ def curve(
 ) -> Image.Image:
     "A drawing of one or more curves."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 3), dpi=100, layout='constrained')
-    ax = fig.add_subplot()
-    for i, (name, y) in enumerate((ys if isinstance(ys, dict) else {None: ys}).items()):
-        y = np.asarray([float(v) for v in y])
-        _line(ax, np.arange(1, len(y) + 1) if xs is None else np.asarray(xs), y, name, smooth, f'C{i}')
-    if isinstance(ys, dict): ax.legend(frameon=False)
+    figure = Figure(figsize=(6, 3), dpi=100, layout='constrained')
+    ax = figure.add_subplot()
+    named = isinstance(ys, dict)
+    for i, (name, y) in enumerate((ys if named else {None: ys}).items()):
+        y = np.asarray([float(value) for value in y])
+        x = np.arange(1, len(y) + 1) if xs is None else np.asarray(xs)
+        _line(ax, x, y, name, smooth, f'C{i}')
+    if named: ax.legend(frameon=False)
     if log: ax.set_yscale('log')
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.spines[['top', 'right']].set_visible(False)
-    return keep_small(_drawn(fig), 'PNG')
+    return keep_small(_drawn(figure), 'PNG')
 
-def _drawn(fig):
-    "A matplotlib figure as an image."
-    out = BytesIO()
-    fig.savefig(out)
-    return Image.open(out).convert('RGB')
-
-# %% ../nbs/1_ground/01_show.ipynb #fa961bc1
-def heatmap(
-    video: torch.Tensor,   # (b, f, c, h, w) or (f, c, h, w)
-    grad: torch.Tensor,    # d reward / d video, the same shape
-    titles=None,           # one above each clip
-) -> Image.Image:
-    "Each clip's frames, and below them the size of the gradient at each pixel: brightness is its square root, so that faint parts show."
+# %% ../nbs/1_ground/01_show.ipynb #e6a1774e
+def _heat(size):
+    "Numbers (f, h, w) as colours (f, 3, h, w); brightness is their square root, so that faint parts show."
     from matplotlib import colormaps
-    check(video.shape == grad.shape, f"the gradient {tuple(grad.shape)} must have the shape of the video {tuple(video.shape)}")
-    if video.ndim == 4: video, grad = video[None], grad[None]
-    size = grad.detach().float().cpu().abs().sum(2)
-    top = size.amax((1, 2, 3), keepdim=True)
-    heat = colormaps['magma']((size/top.clamp(min=1e-30)).sqrt().numpy())[..., :3]
-    rows = torch.stack([video.detach().float().cpu(), torch.from_numpy(heat).float().movedim(-1, 2)], 1).flatten(0, 1)
-    below = [f'|gradient|, brightest {t:.1e}' for t in top.flatten().tolist()]
-    return strip(rows, [t for pair in zip(_names(titles, len(video)), below) for t in pair])
+    brightest = size.max().clamp(min=1e-30)
+    colours = colormaps['magma']((size / brightest).sqrt().numpy())[..., :3]
+    return torch.from_numpy(colours).float().movedim(-1, 1)
+
+def heatmap(
+    video: torch.Tensor,  # (b, f, c, h, w) or (f, c, h, w)
+    grad: torch.Tensor,   # d reward / d video, the same shape
+    titles=None,          # one above each clip
+) -> Image.Image:
+    "Each clip's frames, and below them the size of the gradient at each pixel."
+    shapes = f'the gradient {tuple(grad.shape)} must have the shape of the video {tuple(video.shape)}'
+    check(video.shape == grad.shape, shapes)
+    video, grad = _as_batch(video).detach().float().cpu(), _as_batch(grad)
+    rows, names = [], []
+    for clip, g, title in zip(video, grad, _names(titles, len(video))):
+        size = g.detach().float().cpu().abs().sum(1)
+        rows += [clip, _heat(size)]
+        names += [title, f'|gradient|, brightest {size.max():.1e}']
+    return strip(torch.stack(rows), names)
