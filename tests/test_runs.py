@@ -1,24 +1,12 @@
-"Run folders: lines, checkpoints, whose folder it is, held-out scores."
+"Run folders: checkpoints, whose folder it is, held-out scores."
 import pytest, torch
 from tiny_run import PROMPTS, TINY, bright, tiny_model
 from vader_nb.core import VaderError, write_json
 from vader_nb.rewards.base import reward_from
-from vader_nb.records import append_line, cut_lines, first_and_last, read_lines, seeds_table
 from vader_nb.training.run_folder import check_folder, checkpoints, fold_seed, random_state, read_checkpoint, set_random_state, write_checkpoint
 from vader_nb.training.evaluate import evaluate
 from vader_nb.config import Config
 
-
-def test_lines_are_cut_at_the_checkpoint(tmp_path):
-    file = tmp_path/'metrics.jsonl'
-    for step in range(1, 6): append_line(file, dict(step=step))
-    file.write_text(file.read_text() + '{"step": 6, "rew')
-    cut_lines(file, 3)
-    assert [r['step'] for r in read_lines(file)] == [1, 2, 3] and file.read_text().endswith('}\n')
-
-def test_no_lines_yet(tmp_path):
-    cut_lines(tmp_path/'metrics.jsonl', 3)
-    assert read_lines(tmp_path/'metrics.jsonl') == []
 
 def test_two_checkpoints_are_kept_in_order(tmp_path):
     for step in (9, 10, 100, 1000): write_checkpoint(tmp_path, dict(step=step))
@@ -70,16 +58,6 @@ def test_scores_are_means_over_prompts_and_judges_may_abstain():
 def test_a_score_that_is_not_finite_is_told():
     with pytest.raises(VaderError, match='bad is not finite'):
         evaluate(tiny_model(), reward_from(lambda v, p: v.mean((1, 2, 3, 4)) / 0, 'bad'), PROMPTS, Config(**TINY))
-
-
-def test_the_gain_over_seeds(tmp_path):
-    for seed, scores in enumerate([(1., 9., 3.), (2., 6.)]):
-        (tmp_path/f'run-{seed}').mkdir()
-        for step, r in enumerate(scores): append_line(tmp_path/f'run-{seed}'/'eval.jsonl', dict(step=step, reward=r))
-    runs = [tmp_path/'run-0', tmp_path/'run-1']
-    assert first_and_last(runs, 'reward').tolist() == [[1, 3], [2, 6]]
-    assert seeds_table(runs, ['reward']).splitlines()[-1] == '| reward | 1.00 → 3.00 | 2.00 → 6.00 | +3.00 ± 1.41 |'
-    assert seeds_table(runs[:1], ['reward']).endswith('| +2.00 |')
 
 def test_settings_of_an_older_run_are_read_under_todays_names(tmp_path):
     from vader_nb.config import read_config

@@ -5,82 +5,110 @@
 # %% auto #0
 __all__ = ['append_line', 'read_lines', 'cut_lines', 'recorded', 'table', 'held_out_table', 'first_and_last', 'seeds_table']
 
-# %% ../nbs/1_ground/02_records.ipynb #26f008aa
-import contextlib, json
+# %% ../nbs/1_ground/02_records.ipynb #93cebb69
+import json
 from importlib.resources import files
 from pathlib import Path
 import torch
-from .core import VaderError, atomic_path, check
+from .core import VaderError, atomic_path, check, suggest
 
-# %% ../nbs/1_ground/02_records.ipynb #2677d14b
+# %% ../nbs/1_ground/02_records.ipynb #90857a0f
 def append_line(
     path,
-    record,  # a dict that JSON can hold
+    record: dict,  # that JSON can hold
 ):
     "Add `record` to the file as one line."
+    line = json.dumps(record) + '\n'
     try:
-        with open(path, 'a', encoding='utf8') as f: f.write(json.dumps(record) + '\n')
-    except OSError as e: raise VaderError(f'cannot write {path} ({e.strerror}): free some space, then go on with --resume') from None
+        with open(path, 'a', encoding='utf8') as f: f.write(line)
+    except OSError as e:
+        raise VaderError(f'cannot write {path} ({e.strerror}): free some space, then go on with --resume') from None
 
-# %% ../nbs/1_ground/02_records.ipynb #f349dd15
+# %% ../nbs/1_ground/02_records.ipynb #6f036d45
 def read_lines(
     path,
-):  # -> list of dicts
+) -> list[dict]:
     "The records in a file, up to the first that is damaged; none if there is no such file."
+    path = Path(path)
+    if not path.is_file(): return []
     records = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        for line in Path(path).read_text(encoding='utf8').splitlines(): records.append(json.loads(line))
+    for line in path.read_text(encoding='utf8', errors='replace').splitlines():
+        try: records.append(json.loads(line))
+        except ValueError: break
     return records
 
-# %% ../nbs/1_ground/02_records.ipynb #0e48ac66
+# %% ../nbs/1_ground/02_records.ipynb #d6f805ce
 def cut_lines(
     path,
-    step,  # the last step to keep
+    step: int,  # the last step to keep
 ):
     "Keep the records up to `step`."
-    kept = [r for r in read_lines(path) if r['step'] <= step]
-    with atomic_path(path) as new: Path(new).write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf8')
+    kept = [record for record in read_lines(path) if record['step'] <= step]
+    lines = [json.dumps(record) + '\n' for record in kept]
+    with atomic_path(path) as new: new.write_text(''.join(lines), encoding='utf8')
 
-# %% ../nbs/1_ground/02_records.ipynb #5e57646d
+# %% ../nbs/1_ground/02_records.ipynb #2a49316f
 def recorded(
-    pattern,  # name of a recorded run, or a pattern such as 'modelscope-hps-small-[0-9]'
-) -> list:    # of folders, sorted by name
+    pattern: str,  # name of a recorded run, or a pattern such as 'modelscope-hps-small-[0-9]'
+) -> list[Path]:  # of folders, sorted by name
     "The folders of recorded runs that come with the package. Raises `VaderError` if there is none of that name."
     home = Path(str(files('vader_nb')))/'recorded'
     found = sorted(home.glob(pattern))
-    check(found, f'no recorded run is called {pattern!r}: vader_nb/recorded holds {len(list(home.glob("*")))} others')
+    names = [p.name for p in home.glob('*')]
+    hint = suggest(pattern, names) or f': there are {len(names)} others in {home}'
+    check(found, f'no recorded run is called {pattern!r}{hint}')
     return found
 
-# %% ../nbs/1_ground/02_records.ipynb #bfba9e93
+# %% ../nbs/1_ground/02_records.ipynb #802b4a8d
 def table(
-    head,  # names of the columns
-    rows,  # lists as long
-):
+    head: list,  # names of the columns
+    rows: list,  # lists as long
+) -> str:
     "A table in Markdown."
-    return '\n'.join(f'| {" | ".join(map(str, r))} |' for r in [head, ['---'] * len(head), *rows])
+    lines = [head, ['---'] * len(head), *rows]
+    return '\n'.join('| ' + ' | '.join(str(value) for value in line) + ' |' for line in lines)
+
+# %% ../nbs/1_ground/02_records.ipynb #64403623
+def _says_more(name, evals):
+    "Is that score worth a row? The only part of a reward equals it."
+    if name in ('reward', 'step'): return name == 'reward'
+    return any(record[name] != record['reward'] for record in evals)
 
 def held_out_table(
-    evals,  # the lines of eval.jsonl
-):
-    "The scores on held-out prompts, a column for each look."
+    evals: list,  # the records of eval.jsonl
+) -> str:
+    "The scores on held-out prompts, a column for each evaluation."
     if not evals: return 'No held-out prompts were given.'
-    told = [k for k in evals[0] if k == 'reward' or k != 'step' and any(r[k] != r['reward'] for r in evals)]  # a single reward's part is the reward
-    return table(['held-out prompts', *(f'step {r["step"]}' for r in evals)], [[k, *(f'{r[k]:.3f}' for r in evals)] for k in told])
+    names = [name for name in evals[0] if _says_more(name, evals)]
+    head = ['held-out prompts'] + [f'step {record["step"]}' for record in evals]
+    rows = [[name] + [f'{record[name]:.3f}' for record in evals] for name in names]
+    return table(head, rows)
 
-# %% ../nbs/1_ground/02_records.ipynb #19eceb72
+# %% ../nbs/1_ground/02_records.ipynb #ea30a8fc
 def first_and_last(
-    folders, # of runs
-    name,    # of a held-out score
-):           # (runs, 2) before and after
-    "A held-out score at the first and at the last look of each run."
-    evals = [read_lines(Path(f)/'eval.jsonl') for f in folders]
-    return torch.tensor([[e[0][name], e[-1][name]] for e in evals])
+    folders: list,  # of runs
+    name: str,      # of a held-out score
+) -> torch.Tensor:  # (runs, 2): before and after
+    "A held-out score at the first and at the last evaluation of each run."
+    evals = [read_lines(Path(folder)/'eval.jsonl') for folder in folders]
+    return torch.tensor([[records[0][name], records[-1][name]] for records in evals])
 
+def _gain(values):
+    "Mean gain of (runs, 2) values and its deviation, as text."
+    gains = values.diff()
+    text = f'{gains.mean():+.2f}'
+    if len(gains) > 1: text += f' ± {gains.std():.2f}'
+    return text
+
+# %% ../nbs/1_ground/02_records.ipynb #2881b41e
 def seeds_table(
-    folders, # of runs that differ by their seed
-    names,   # of held-out scores
-):
+    folders: list,  # of runs that differ by their seed
+    names: list,    # of held-out scores
+) -> str:
     "Those scores before and after, a column for each run, and the mean gain with its standard deviation over the runs."
-    values = {n: first_and_last(folders, n) for n in names}
-    gain = lambda v: f'{v.diff().mean():+.2f}' + (f' ± {v.diff().std():.2f}' if len(v) > 1 else '')
-    return table(['held-out prompts', *(Path(f).name for f in folders), 'gain'], [[n, *(f'{a:.2f} → {b:.2f}' for a, b in v), gain(v)] for n, v in values.items()])
+    rows = []
+    for name in names:
+        values = first_and_last(folders, name)
+        rows.append([name] + [f'{before:.2f} → {after:.2f}' for before, after in values] + [_gain(values)])
+    head = ['held-out prompts'] + [Path(folder).name for folder in folders] + ['gain']
+    return table(head, rows)
