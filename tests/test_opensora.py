@@ -17,7 +17,17 @@ from vader_nb.diffusion.schedules import flow_mix, flow_target
 from vader_nb.memory.lora import add_lora
 from vader_nb.memory.checkpointing import checkpoint_activations
 from vader_nb.models import opensora
-from vader_nb.models.opensora import OpenSora, clean_text, drop_text_encoder, flow_ratio, flow_sampler, load_opensora, open_opensora, open_stdit3, open_text, open_vae, read_embeddings
+from vader_nb.models.opensora import (
+    OpenSora,
+    clean_text,
+    flow_ratio,
+    flow_sampler,
+    load_opensora,
+    open_opensora,
+    open_stdit3,
+    open_vae,
+)
+from vader_nb.models.text import drop_text_encoder, open_text, read_embeddings
 from vader_nb.nets.opensora_vae import OpenSoraVAE, latent_frames
 from vader_nb.nets.stdit3 import STDiT3, frequencies, places, turn
 from vader_nb.rewards.base import reward_from

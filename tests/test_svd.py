@@ -8,7 +8,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora
 from vader_nb.models import svd
-from vader_nb.models.svd import SVD, guidance_ramp, load_svd, open_svd, start_image
+from vader_nb.models.svd import SVD, guidance_ramp, load_svd, open_svd
+from vader_nb.world.captions import start_image
 from vader_nb.rewards.base import reward_from
 from vader_nb.diffusion.rollout import differentiable_latents, last, rollout, sample
 from vader_nb.config import Config
@@ -32,7 +33,10 @@ def tiny_pipeline(seed=0):
     return StableVideoDiffusionPipeline(vae.eval(), CLIPVisionModelWithProjection(eye).eval(), unet.eval(), EulerDiscreteScheduler(**SCHEDULE), CLIPImageProcessor())
 
 
-def adapter(p, **how): return SVD(p.unet, p.vae, p.image_encoder, p.scheduler, p.feature_extractor, **{'native_size': SIZE, **how})
+def adapter(p, **how):
+    model = SVD(p.unet, p.vae, p.image_encoder, p.scheduler, p.feature_extractor, **{'native_size': SIZE, **how})
+    model.draw = start_image
+    return model
 
 
 @pytest.fixture(scope='module')

@@ -15,8 +15,10 @@ from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora, load_lora, lora_parameters
 from vader_nb.memory.checkpointing import checkpoint_activations
 from vader_nb.models import wan
-from vader_nb.models.opensora import drop_text_encoder, read_embeddings
-from vader_nb.models.wan import Wan, clean_prompt, draw_box, draw_boxes, draw_clip, export_lora, load_wan, middle, open_wan, runs, spans
+from vader_nb.nets import wan_vae
+from vader_nb.models.text import drop_text_encoder, read_embeddings
+from vader_nb.models.wan import Wan, clean_prompt, export_lora, load_wan, open_wan
+from vader_nb.nets.wan_vae import draw_box, draw_boxes, draw_clip, middle, runs, spans
 from vader_nb.rewards.aesthetic import load_aesthetic
 from vader_nb.diffusion.rollout import differentiable_latents, sample
 from vader_nb.config import Config
@@ -95,10 +97,10 @@ def test_boxes_have_the_values_and_gradients_of_the_whole(decoded, side, most, l
 
 def test_a_box_is_given_no_more_than_it_hangs_on(model):
     "What the stages of an inner box are given is smaller than the clip, and growing it further changes nothing."
-    parts = list(wan.stages(model.vae.decoder))
-    last = wan.way_back(parts, ((60, 60), (240, 247), (240, 247)), (60, 60))
+    parts = list(wan_vae.stages(model.vae.decoder))
+    last = wan_vae.way_back(parts, ((60, 60), (240, 247), (240, 247)), (60, 60))
     assert all(n[1] - n[0] < 50 for _, *sides in last for n in sides) and last[-1][0] == (58, 60) and last[0][0][1] == 15
-    assert wan.way_back(parts, ((0, 0), (0, 0), (0, 0)), (60, 60))[0][0] == (0, 0)
+    assert wan_vae.way_back(parts, ((0, 0), (0, 0), (0, 0)), (60, 60))[0][0] == (0, 0)
 
 def test_without_gradients_the_notes_are_used(model, decoded):
     z, video, _ = decoded

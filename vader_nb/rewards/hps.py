@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..core import check, default_dtype, from_frames, pick_device, pick_dtype, read_json, to_frames
-from ..models.modelscope import check_words
+from ..models.text import check_words
 from .base import Reward, freeze
 from .aesthetic import clip_normalise
 from ..zoo import check_names, model_path, read_part, read_weights, shapes

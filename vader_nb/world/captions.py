@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAT_NOISE', 'FOOD_NOISE', 'TRAIN_ANIMALS', 'TEST_ANIMALS', 'PROMPT_SETS', 'WORDS', 'a_or_an', 'caption', 'captions',
-           'noisy_labels', 'prompts', 'parse', 'check_vocabulary', 'start_images']
+           'noisy_labels', 'prompts', 'parse', 'check_vocabulary', 'start_images', 'start_image']
 
 # %% ../../nbs/1_ground/05_captions.ipynb #101afde8
 import re
@@ -152,3 +152,16 @@ def start_images(
     activity = torch.randint(len(CORE), (n,), generator=generator)
     s = scenes(n, generator, grade, animal=animal, activity=activity, obj='nothing', hat=0)
     return draw(s, 1, height, width)[:, 0]
+
+# %% ../../nbs/1_ground/05_captions.ipynb #c9c29d68
+def start_image(
+    prompt,  # a caption of the small world; a number in brackets at its end asks for another scene
+    height,
+    width,
+):
+    "The first frame of a dull scene that `prompt` describes, (3, h, w) in [0, 1]: the same words, the same frame."
+    asked = parse(prompt)
+    number = re.search(r'\((\d+)\)$', prompt)
+    given = {k: v for k, v in asked.items() if v >= 0}
+    scene = scenes(1, int(number[1]) if number else 0, **{'obj': 0, 'hat': 0, **given})
+    return draw(scene, 1, height, width)[0, 0]
