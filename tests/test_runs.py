@@ -49,6 +49,11 @@ def test_whose_folder(tmp_path):
         with pytest.raises(VaderError, match='holds other files'): check_folder(tmp_path, settings, resume)
     with pytest.raises(VaderError, match='is a file'): check_folder(tmp_path/'thesis.tex', settings)
 
+@pytest.mark.parametrize('left', ['.DS_Store', '.ipynb_checkpoints', 'Thumbs.db'])
+def test_what_tools_leave_in_a_folder_is_nothing(tmp_path, left):
+    (tmp_path/left).mkdir()
+    check_folder(tmp_path, dict(experiment='a'))
+
 def test_scores_are_means_over_prompts_and_judges_may_abstain():
     judge = lambda video, prompts: dict(fox=torch.tensor([1. if 'fox' in p else torch.nan for p in prompts]), hat=torch.full((len(prompts),), torch.nan))
     scores = evaluate(tiny_model(), bright(), PROMPTS, Config(**TINY), judge)

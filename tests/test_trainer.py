@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest, torch
 from tiny_models import tiny_pipeline
-from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer
+from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora
 from vader_nb.memory.lora import saved_bytes
 from vader_nb.rewards.base import reward_from
 from vader_nb.diffusion.rollout import sample
-from vader_nb.training.run_folder import checkpoints
+from vader_nb.training.run_folder import checkpoints, run_inputs
 from vader_nb.records import read_lines
 from vader_nb.config import Config
 from vader_nb.training.trainer import Trainer, fit
@@ -43,11 +43,18 @@ def command(*args): return subprocess.Popen([sys.executable, *map(str, args)], s
 
 def test_the_run_folder_is_complete(unbroken):
     folder, records = unbroken
-    assert {p.name for p in folder.iterdir()} == {'config.json', 'metrics.jsonl', 'eval.jsonl', 'checkpoints', 'lora', 'samples', 'report.md', 'curve.png', 'tensorboard'}
-    assert {p.name for p in (folder/'samples').iterdir()} == {'before.gif', 'before.mp4', 'after.gif', 'after.mp4', 'strips.png'}
+    files = {'config.json', 'inputs.json', 'metrics.jsonl', 'eval.jsonl', 'report.md', 'curve.png'}
+    assert {p.name for p in folder.iterdir()} == files | {'checkpoints', 'lora', 'samples', 'tensorboard'}
+    clips = {'before.gif', 'before.mp4', 'after.gif', 'after.mp4', 'strips.png'}
+    assert {p.name for p in (folder/'samples').iterdir()} == clips
     assert [p.name for p in checkpoints(folder)] == ['step_000004.pt', 'step_000005.pt']
     assert all((folder/link).exists() for link in ('curve.png', 'samples/strips.png') if link in (folder/'report.md').read_text())
     assert json.loads((folder/'config.json').read_text()) == asdict(Config(**TINY, **LONG))
+
+def test_what_decides_a_run_is_recorded(unbroken):
+    inputs = json.loads((unbroken[0]/'inputs.json').read_text())
+    assert inputs == run_inputs(tiny_model(), bright(.01), PROMPTS, TESTS)
+    assert (inputs['base'], inputs['reward'], inputs['prompts']) == ('modelscope', 'bright', PROMPTS)
 
 def test_each_step_has_its_line(unbroken):
     folder, records = unbroken
@@ -102,6 +109,79 @@ def test_a_finished_run_can_be_taken_further(unbroken, tmp_path):
     list(tiny_fit(tmp_path, chance=.01, changes=dict(LONG, train_steps=4)))
     assert [r['step'] for r in tiny_fit(tmp_path, chance=.01, changes=LONG, resume=True)] == [5]
     assert timeless(tmp_path) == timeless(unbroken[0])
+
+def finished(folder):
+    "A run of two steps that has ended."
+    list(tiny_fit(folder, changes=dict(train_steps=2)))
+    return folder
+
+def go_on(folder, model=None, reward=None, prompts=PROMPTS, eval_prompts=TESTS, train_steps=3):
+    config = Config(**TINY, train_steps=train_steps)
+    return list(fit(model or tiny_model(), reward or bright(), prompts, config, folder, eval_prompts, resume=True))
+
+@pytest.mark.parametrize('other, says', [
+    (dict(reward=reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)), 'light')), "its reward is 'bright', not"),
+    (dict(reward=2 * bright()), r"its reward is 'bright', not '2\*bright'"),
+    (dict(model=tiny_model(seed=1)), 'its base_weights is '),
+    (dict(prompts=PROMPTS[::-1]), r"its prompts\[0\] is 'a panda riding a bike', not 'a dog washing dishes'"),
+    (dict(prompts=PROMPTS[:2]), r"its prompts\[2\] is 'a dog washing dishes', not None"),
+    (dict(eval_prompts=[]), r"its eval_prompts\[0\] is 'a fox riding a bike', not None"),
+])
+def test_a_run_is_resumed_with_what_it_was_made_with(tmp_path, other, says):
+    folder = finished(tmp_path/'run')
+    with pytest.raises(VaderError, match=says) as e: go_on(folder, **other)
+    assert '\n' not in str(e.value) and (folder/'report.md').exists()
+
+def test_a_reward_with_other_weights_is_another_reward(tmp_path):
+    def reward(weight):
+        made = reward_from(lambda video, prompts: made.scale * video.mean((1, 2, 3, 4)), 'learnt')
+        made.scale = torch.nn.Parameter(torch.tensor(weight), False)
+        return made
+    config = Config(**TINY, train_steps=1)
+    list(fit(tiny_model(), reward(1.), PROMPTS, config, tmp_path, TESTS))
+    with pytest.raises(VaderError, match='its reward_weights is '): go_on(tmp_path, reward=reward(1.5))
+    assert [line['step'] for line in go_on(tmp_path, reward=reward(1.))] == [2, 3]
+
+def test_another_base_of_the_same_shape_is_refused(tmp_path):
+    folder, other = finished(tmp_path/'run'), tiny_model()
+    other.name = 'videocrafter'
+    with pytest.raises(VaderError, match="its base is 'modelscope', not 'videocrafter'"): go_on(folder, other)
+
+def test_fewer_steps_than_done_are_refused(tmp_path):
+    folder = finished(tmp_path/'run')
+    kept = {name: (folder/name).read_bytes() for name in ('config.json', 'report.md')}
+    with pytest.raises(VaderError, match='has done 2 steps, more than 1: go on to 2 or more'):
+        go_on(folder, train_steps=1)
+    assert kept == {name: (folder/name).read_bytes() for name in kept}
+
+def test_the_report_of_a_run_that_goes_on_is_gone_until_it_ends(tmp_path):
+    folder = finished(tmp_path/'run')
+    for _ in tiny_fit(folder, changes=dict(train_steps=4), resume=True): break
+    assert not (folder/'report.md').exists()
+    list(tiny_fit(folder, changes=dict(train_steps=4), resume=True))
+    assert '4 steps in' in (folder/'report.md').read_text()
+
+def test_a_folder_without_a_record_is_resumed_with_a_note(tmp_path, capsys):
+    folder = finished(tmp_path/'run')
+    (folder/'inputs.json').unlink()
+    assert [line['step'] for line in go_on(folder)] == [3]
+    assert 'does not say which reward and prompts it had' in capsys.readouterr().err
+    assert (folder/'inputs.json').exists()
+
+def test_a_start_image_is_recorded_by_its_pixels():
+    from PIL import Image
+    images = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'red', 'blue')]
+    one, same, other = run_inputs(tiny_model(), bright(), images, [])['prompts']
+    assert one == same != other
+
+def test_a_missing_wandb_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(VaderError, match='wandb is not installed'): list(tiny_fit(tmp_path/'run', wandb=True))
+    assert not (tmp_path/'run').exists()
+
+def test_prompts_may_come_from_a_generator(tmp_path):
+    config = Config(**TINY, train_steps=1)
+    assert list(fit(tiny_model(), bright(), (p for p in PROMPTS), config, tmp_path, iter(TESTS)))
 
 def test_a_loop_may_be_left(tmp_path):
     model = tiny_model()

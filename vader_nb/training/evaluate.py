@@ -13,52 +13,69 @@ from .run_folder import fold_seed, fork_rng
 
 # %% ../../nbs/7_training/01_evaluate.ipynb #1319831a
 def batches(
-    items,
-    n,  # size of a batch
-):  # -> list of (place of its first item, batch)
+    items: list,
+    n: int,  # size of a batch
+) -> list:  # of (place of its first item, batch)
     "The items in batches of `n`."
     return [(i, items[i:i+n]) for i in range(0, len(items), n)]
 
+# %% ../../nbs/7_training/01_evaluate.ipynb #a7d9247d
 def sample_clips(
-    model, prompts, config,
-    seed,  # decides the noise
-):  # -> pixels (b, f, c, h, w) in [0, 1]
+    model,          # a `VideoModel`
+    prompts: list,
+    config,         # a `Config`
+    seed,           # decides the noise
+) -> torch.Tensor:  # pixels (b, f, 3, h, w) in [0, 1]
     "Sample clips with a run's settings."
-    return sample(model, prompts, config.T, config.guidance, seed, config.sampler, config.eta, (config.frames, config.height, config.width))
+    c = config
+    size = (c.frames, c.height, c.width)
+    return sample(model, prompts, c.T, c.guidance, seed, c.sampler, c.eta, size)
 
 # %% ../../nbs/7_training/01_evaluate.ipynb #1b5b734b
 def score_clips(
-    model, reward, prompts, config,
-    judge,  # function (video, prompts) -> dict name -> (b,), nan where it was not asked; or None
-    seed,
-):  # -> dict name -> list of b numbers
+    model,          # a `VideoModel`
+    reward,         # a `Reward`
+    prompts: list,  # b of them, one clip each
+    config,         # a `Config`
+    judge,          # function (video, prompts) -> dict name -> (b,), nan where it has no answer; or None
+    seed,           # decides the noise
+) -> dict:  # name -> list of b numbers
     "Sample one clip per prompt and score it by the reward, each of its parts, and the judge."
     video = sample_clips(model, prompts, config, seed)
-    with torch.no_grad(), fork_rng(seed): parts = reward.parts(video, prompts, make_generator(seed))
+    with torch.no_grad(), fork_rng(seed):
+        parts = reward.parts(video, prompts, make_generator(seed))
     scores = {**parts, 'reward': reward.combine(parts)}
-    for k, v in scores.items(): check(v.isfinite().all(), f'{k} is not finite for one of the held-out prompts {prompts}')
-    return {k: v.float().tolist() for k, v in {**scores, **(judge(video, prompts) if judge else {})}.items()}
+    for name, values in scores.items():
+        check(values.isfinite().all(), f'{name} is not finite for one of the held-out prompts {prompts}')
+    if judge:
+        scores |= judge(video, prompts)
+    return {name: values.float().tolist() for name, values in scores.items()}
 
+# %% ../../nbs/7_training/01_evaluate.ipynb #cc93f106
 def clip_mean(
-    values,  # numbers; nan where a judge was not asked
-):
+    values: list,  # numbers, some of them nan
+):  # -> float, or None
     "The mean of those that are numbers; None if there is none."
-    asked = [v for v in values if v == v]
-    return sum(asked) / len(asked) if asked else None
+    numbers = [v for v in values if v == v]  # nan differs from itself
+    return sum(numbers) / len(numbers) if numbers else None
 
 # %% ../../nbs/7_training/01_evaluate.ipynb #4d7b3b52
 def evaluate(
-    model,            # a `VideoModel`
-    reward,           # a `Reward`
-    prompts,          # held-out prompts, one clip each
-    config,           # the settings of sampling: T, guidance, sampler, eta, frames, height, width, batch, seed
-    judge=None,       # function (video, prompts) -> dict name -> (b,)
-    bar=lambda x: x,  # wraps the list of batches, to show progress
-    share=(0, 1),     # number of this process, and how many there are
-):  # -> dict name -> mean over the prompts
+    model,                 # a `VideoModel`
+    reward,                # a `Reward`
+    prompts: list,         # held-out prompts, one clip each
+    config,                # a `Config`: its settings of sampling, batch_size and seed
+    judge=None,            # function (video, prompts) -> dict name -> (b,)
+    bar=list,              # wraps the list of batches, to show progress
+    share=(0, 1),          # number of this process, and how many there are
+) -> dict:  # name -> mean over the prompts
     "Score one clip for each prompt, always from the same noise."
     from accelerate.utils import gather_object
-    mine = [score_clips(model, reward, p, config, judge, fold_seed(config.seed, 'evaluate', i)) for i, p in bar(batches(prompts, config.batch_size)[share[0]::share[1]])]
-    every = gather_object(mine) if share[1] > 1 else mine
-    means = {k: clip_mean([x for scores in every for x in scores[k]]) for k in every[0]}
-    return {k: v for k, v in means.items() if v is not None}
+    number, count = share
+    scores = []
+    for i, some in bar(batches(prompts, config.batch_size)[number::count]):
+        scores.append(score_clips(model, reward, some, config, judge, fold_seed(config.seed, 'evaluate', i)))
+    if count > 1:
+        scores = gather_object(scores)
+    means = {name: clip_mean([x for s in scores for x in s[name]]) for name in scores[0]}
+    return {name: mean for name, mean in means.items() if mean is not None}

@@ -7,6 +7,7 @@ __all__ = ['Trainer', 'make_accelerator', 'draw_prompts', 'peak_memory', 'fit']
 
 # %% ../../nbs/7_training/03_trainer.ipynb #e87bc836
 import contextlib
+import importlib.util
 import math
 import sys
 import time
@@ -24,7 +25,8 @@ from ..records import append_line, cut_lines, read_lines
 from .evaluate import batches, evaluate
 from .report import finish
 from vader_nb.training.run_folder import (
-    check_folder, checkpoints, fold_seed, random_state, read_checkpoint, set_random_state, write_checkpoint,
+    check_folder, check_inputs, checkpoints, fold_seed, random_state, read_checkpoint, run_inputs, set_random_state,
+    write_checkpoint,
 )
 from .vader import vader_step
 
@@ -43,6 +45,7 @@ class Trainer:
     progress: bool = False        # show progress bars?
     accelerator: object = field(default=None, init=False)
     optimizer: object = field(default=None, init=False)
+    inputs: dict = field(default_factory=dict, init=False)    # what decides the run besides its settings
     weights: dict = field(default_factory=dict, init=False)   # name -> LoRA weight
     trackers: list = field(default_factory=list, init=False)  # what draws the curves elsewhere
     step: int = field(default=0, init=False)     # optimizer steps done
@@ -79,6 +82,7 @@ def setup(self: Trainer):  # -> the trainer itself
     check(c.batch_size % n == 0,
           f'a batch of {c.batch_size} cannot be shared evenly by {n} processes: choose a multiple')
     set_seed(c.seed, device_specific=True)  # for a reward or model that draws from the global states
+    self.inputs = run_inputs(self.model, self.reward, self.prompts, self.eval_prompts)
     weights = add_lora(self.model, c.rank, c.alpha, seed=c.seed)
     use_tricks(self.model, self.reward, c.tricks)  # before DDP wraps the denoiser
     names = {id(p): name for name, p in self.model.denoiser.named_parameters()}
@@ -319,6 +323,8 @@ def open_logs(
         return
     settings = asdict(self.config)
     write_json(self.folder/'config.json', settings)
+    write_json(self.folder/'inputs.json', self.inputs)
+    (self.folder/'report.md').unlink(missing_ok=True)
     for name in ('metrics.jsonl', 'eval.jsonl'):
         cut_lines(self.folder/name, self.step)
     self.trackers = [TensorBoardTracker('tensorboard', self.folder, purge_step=self.step + 1)]
@@ -362,7 +368,7 @@ def is_due(
     self: Trainer,
     every: int,  # steps; 0: at the end only
 ) -> bool:
-    "Is something due after this step?"
+    "Does what happens every so many steps happen after this one? At the end all of it does."
     if self.step == self.config.train_steps:
         return True
     return every > 0 and self.step % every == 0
@@ -370,7 +376,7 @@ def is_due(
 # %% ../../nbs/7_training/03_trainer.ipynb #9c7db1e9
 @patch
 def steps(self: Trainer):  # -> generator of dicts
-    "The remaining steps of a run; each yields its line when what is due after it is done."
+    "The remaining steps of a run; each yields its line when its evaluation and checkpoint are done."
     c = self.config
     hidden = not (self.progress and self.accelerator.is_main_process)
     if self.step == 0:
@@ -401,10 +407,13 @@ def teardown(self: Trainer):
 def check_run(
     self: Trainer,
     resume=False,  # may the folder hold this run already?
+    wandb=False,   # is Weights & Biases needed?
 ):
-    "Raise `VaderError` for a folder or prompts with which the run could not end well."
+    "Raise `VaderError` for a folder, prompts or a missing package with which the run could not end well."
     c = self.config
     check_folder(self.folder, asdict(c), resume)
+    check_inputs(self.folder, run_inputs(self.model, self.reward, self.prompts, self.eval_prompts))
+    check(not wandb or importlib.util.find_spec('wandb'), 'wandb is not installed: pip install wandb, or go without')
     check(len(self.prompts) > 0, 'there are no training prompts: give at least one')
     for _, some in batches([*self.prompts, *self.eval_prompts], 8):
         self.model.encode(some, c.frames, c.height, c.width)
@@ -424,8 +433,9 @@ def fit(
     progress=False,      # show progress bars
 ):  # -> generator of dicts
     "Train a LoRA on `model`: yields a record per optimizer step, leaves a run folder. Raises `VaderError`."
+    prompts, eval_prompts = list(prompts), list(eval_prompts)
     trainer = Trainer(model, reward, prompts, config, Path(folder), eval_prompts, judge, step_fn, progress)
-    trainer.check_run(resume)
+    trainer.check_run(resume, wandb)
     trainer.setup()
     try:
         trainer.resume()
@@ -434,5 +444,5 @@ def fit(
     finally:
         trainer.teardown()
     if trainer.accelerator.is_main_process:
-        finish(model, config, asdict(config), trainer.folder, [*eval_prompts, *prompts])
+        finish(model, config, trainer.folder, [*eval_prompts, *prompts])
     trainer.accelerator.wait_for_everyone()
