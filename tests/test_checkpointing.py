@@ -3,9 +3,10 @@ import pytest, torch
 
 from tiny_models import Tiny, cond, gradient, pretend_training
 from vader_nb.core import VaderError, make_generator
-from vader_nb.memory.checkpointing import autocast, checkpoint_activations, checkpoint_layers
+from vader_nb.memory.checkpointing import autocast, checkpoint_activations, checkpoint_network, checkpoint_reward
 from vader_nb.memory.lora import add_lora, saved_bytes
 from vader_nb.training.vader import pick_frames
+from vader_nb.zoo import MODELS, REWARDS, load_model, load_reward
 
 @pytest.fixture
 def model(): return Tiny()
@@ -36,8 +37,40 @@ def test_checkpointing_replays_dropout(model, x):
     torch.manual_seed(0); g2 = gradient(model, x)
     assert (g - g2).abs().max() <= 1e-6 * g.abs().max()
 
-def test_checkpointing_unknown_network():
-    with pytest.raises(VaderError, match='LAYERS'): checkpoint_layers(torch.nn.Linear(2, 2))
+def test_an_unknown_network_is_one_clear_line():
+    with pytest.raises(VaderError, match='no layers of Linear are named: name those to recompute in checkpoint_layers'):
+        checkpoint_network(torch.nn.Linear(2, 2), ())
+    with pytest.raises(VaderError, match='Linear has no layers of the classes Block'):
+        checkpoint_network(torch.nn.Linear(2, 2), ('Block',))
+
+def recomputed(network): return sum('forward' in m.__dict__ for m in network.modules())
+
+@pytest.mark.parametrize('name', [m for m in MODELS if m != 'wan'])
+def test_every_small_base_names_layers_that_it_has(name):
+    model = load_model(name, 'small', 'cpu')
+    checkpoint_activations(model)
+    kinds = {type(m).__name__ for net in (model.denoiser, model.vae) for m in net.modules() if 'forward' in m.__dict__}
+    assert kinds <= set(model.checkpoint_layers) and recomputed(model.denoiser) > 3 and recomputed(model.vae) > 3
+
+@pytest.mark.parametrize('name', [r for r in REWARDS if r != 'jpeg'])
+def test_every_small_reward_names_layers_that_it_has(name):
+    reward = load_reward(name, 'small', 'cpu')
+    checkpoint_reward(reward)
+    assert recomputed(reward) > 1
+    checkpoint_reward(reward, on=False)
+    assert recomputed(reward) == 0
+
+def test_a_sum_names_the_layers_of_its_terms_and_no_weights_need_none():
+    aesthetic, hps, jpeg = [load_reward(name, 'small', 'cpu') for name in ('aesthetic', 'hps', 'jpeg')]
+    total = aesthetic + hps + .1 * jpeg
+    alone = 0
+    for reward in (aesthetic, hps):
+        checkpoint_reward(reward)
+        alone += recomputed(reward)
+        checkpoint_reward(reward, on=False)
+    checkpoint_reward(total)
+    checkpoint_reward(jpeg)
+    assert recomputed(total) == alone > 2 and recomputed(jpeg) == 0
 
 def test_single_frames_are_unbiased(model, x):
     add_lora(model)

@@ -9,7 +9,7 @@ from torchvision.transforms import functional as tv
 
 from tiny_models import tiny_tokenizer
 from vader_nb.core import VaderError, make_generator
-from vader_nb.memory.checkpointing import checkpoint_layers
+from vader_nb.memory.checkpointing import checkpoint_reward
 from vader_nb.pretrain import hps as pretrain
 from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import hps
@@ -192,7 +192,7 @@ def test_frozen(reward): assert not any(p.requires_grad for p in reward.paramete
 
 def test_layers_are_checkpointed_with_the_same_gradient(reward, video):
     _, grad = reward_gradient(reward, video, PROMPTS)
-    checkpoint_layers(reward)
+    checkpoint_reward(reward)
     assert sum('forward' in m.__dict__ for m in reward.modules()) == 4
     assert torch.allclose(reward_gradient(reward, video, PROMPTS)[1], grad, atol=1e-7)
 

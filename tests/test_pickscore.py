@@ -10,7 +10,7 @@ import test_aesthetic, test_hps
 from test_hps import PROMPTS, layout, reading
 from tiny_models import tiny_tokenizer
 from vader_nb.core import VaderError, make_generator
-from vader_nb.memory.checkpointing import checkpoint_layers
+from vader_nb.memory.checkpointing import checkpoint_reward
 from vader_nb.pretrain import pickscore as pretrain
 from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import pickscore
@@ -136,7 +136,7 @@ def test_half_precision_is_scored_in_float32(reward, video):
 
 def test_layers_are_checkpointed_with_the_same_gradient(reward, video):
     _, grad = reward_gradient(reward, video, PROMPTS)
-    checkpoint_layers(reward)
+    checkpoint_reward(reward)
     assert sum('forward' in m.__dict__ for m in reward.modules()) == 4
     assert torch.allclose(reward_gradient(reward, video, PROMPTS)[1], grad, atol=1e-6)
 

@@ -16,6 +16,7 @@ from vader_nb.memory.tricks import Offload, adam, use_tricks
 
 class Judge(Reward):
     "A small transformer that looks at frames."
+    checkpoint_layers = 'CLIPEncoderLayer',
     def __init__(self):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel

@@ -7,6 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from vader_nb.core import make_generator
 from vader_nb.memory.lora import lora_parameters
 from vader_nb.models.base import Condition, VideoModel
+from vader_nb.models.modelscope import ModelScope
 
 WORDS = 'a panda fox dog riding bike playing chess washing dishes with hat'.split()
 SCHEDULE = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
@@ -69,6 +70,7 @@ def published_layout(folder, seed=0):
 class Tiny(VideoModel):
     "Random networks of ModelScope's classes without a text encoder."
     name = 'tiny'
+    checkpoint_layers = ModelScope.checkpoint_layers
     def __init__(self, seed=0):
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_by_one', 'wrap', 'to_host', 'from_host', 'Waiting', 'Offload', 'Turns', 'take_turns', 'adam', 'decoder_of',
-           'checkpoint_reward', 'offload', 'use_tricks']
+           'offload', 'use_tricks']
 
 # %% ../../nbs/6_memory/02_tricks.ipynb #c9fde445
 import importlib.util, weakref
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from ..config import check_tricks
 from ..core import check
-from .checkpointing import checkpoint_activations, checkpoint_layers, recompute
+from .checkpointing import checkpoint_activations, checkpoint_reward, recompute
 from .meter import Meter, networks, put_down_to
 
 # %% ../../nbs/6_memory/02_tricks.ipynb #7a9c7f21
@@ -243,12 +243,6 @@ def decoder_of(model):
         'vae_slicing',
     )
     return found[0].decoder
-
-
-def checkpoint_reward(reward):
-    "Recompute the layers of a reward, if it has any that are large."
-    if sum(p.numel() for p in reward.parameters()):
-        checkpoint_layers(reward)
 
 
 def offload(model, reward):

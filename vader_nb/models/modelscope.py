@@ -18,6 +18,13 @@ class ModelScope(VideoModel):
     "ModelScope text-to-video, at any size: the parts of a `TextToVideoSDPipeline` behind the contract of `VideoModel`."
 
     name = 'modelscope'
+    checkpoint_layers = (
+        'ResnetBlock2D',
+        'TemporalConvLayer',
+        'Transformer2DModel',
+        'TransformerTemporalModel',
+        'Attention',
+    )
 
     def __init__(self, unet, vae, text_encoder, tokenizer, scheduler, native_size=(16, 256, 256)):
         super().__init__(unet.requires_grad_(False), scheduler)

@@ -71,6 +71,7 @@ class OpenSora(VideoModel):
 
     name = 'opensora'
     lora_targets = ['qkv', 'attn.proj', 'q_linear', 'kv_linear', 'cross_attn.proj']
+    checkpoint_layers = ('STDiT3Block', 'ResBlock3d', 'DoubleTime', 'ResnetBlock2D', 'Attention')
 
     def __init__(
         self,

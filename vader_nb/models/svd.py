@@ -175,6 +175,7 @@ class SVD(VideoModel):
     """
 
     name = 'svd'
+    checkpoint_layers = ('SpatioTemporalResBlock', 'TransformerSpatioTemporalModel', 'ResnetBlock2D', 'Attention')
     draw = None  # function (caption, height, width) -> the picture that a caption stands for, where there is one
 
     def __init__(

@@ -136,6 +136,7 @@ class VideoCrafter(VideoModel):
 
     name = 'videocrafter'
     lora_targets = ['to_q', 'to_k', 'to_v']
+    checkpoint_layers = ('ResBlock', 'SpatialTransformer', 'TemporalTransformer', 'ResnetBlock2D', 'Attention')
     to_pixels = ModelScope.to_pixels
 
     def __init__(

@@ -48,6 +48,7 @@ class Wan(VideoModel):
     "Wan 2.1 text-to-video, at any size: the parts of a `WanPipeline` behind the contract of `VideoModel`."
 
     name = 'wan'
+    checkpoint_layers = ('WanTransformerBlock', 'WanResidualBlock', 'WanAttentionBlock', 'WanResample')
 
     def __init__(self, denoiser, vae, text_encoder, tokenizer, scheduler, native_size=(81, 480, 832), words=512):
         super().__init__(denoiser.requires_grad_(False), scheduler)

@@ -99,6 +99,7 @@ class Action(Reward):
     wants = 'clip'
     min_frames = 2
     needs_prompts = True
+    checkpoint_layers = ('VideoMAELayer',)
 
     def __init__(
         self,

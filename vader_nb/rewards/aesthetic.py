@@ -103,6 +103,7 @@ class Aesthetic(Reward):
     "LAION's aesthetic rating, mean over frames; about 1 to 10."
 
     name = 'aesthetic'
+    checkpoint_layers = ('CLIPEncoderLayer',)
 
     def __init__(
         self,

@@ -78,6 +78,7 @@ class Reward(nn.Module):
     wants = 'frame'        # 'frame': a mean over single frames; 'clip': needs the whole clip
     min_frames = 1         # the shortest clip that it can score
     needs_prompts = False  # does it compare the video with the prompt?
+    checkpoint_layers = ()  # classes of its layers that are recomputed one by one, see `Config.tricks`
 
     def score(self, video, prompts, generator):
         "The score (b,) of a checked `video`. Every reward writes this one."
@@ -134,6 +135,7 @@ class Sum(Reward):
         self.wants = 'clip' if any(r.wants == 'clip' for r in self.rewards) else 'frame'
         self.min_frames = max(r.min_frames for r in self.rewards)
         self.needs_prompts = any(r.needs_prompts for r in self.rewards)
+        self.checkpoint_layers = tuple(dict.fromkeys(kind for r in self.rewards for kind in r.checkpoint_layers))
         names = {r.name for r in self.rewards}
         check(
             len(names) == len(set(self.rewards)), f'two rewards of "{self.name}" share a name: set .name on one of them'

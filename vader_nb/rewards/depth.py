@@ -75,6 +75,7 @@ class Depth(Reward):
     "How well the depths of the frames agree with a wish: correlation, mean over frames."
 
     name = 'depth'
+    checkpoint_layers = ('Dinov2Layer', 'DepthAnythingFeatureFusionLayer')
 
     def __init__(
         self,

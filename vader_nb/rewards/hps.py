@@ -53,6 +53,7 @@ class TextMatch(Reward):
     """
 
     needs_prompts = True
+    checkpoint_layers = ('ResidualAttentionBlock', 'CLIPEncoderLayer')
     scale = 1
 
     def __init__(

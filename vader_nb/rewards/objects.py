@@ -135,6 +135,8 @@ class ObjectRemoval(Reward):
     log(queries)` of `smooth_max` (0 if hard).
     """
 
+    checkpoint_layers = ('YolosLayer', 'SwinLayer', 'GroundingDinoEncoderLayer', 'GroundingDinoDecoderLayer')
+
     def __init__(
         self,
         detector,       # a `Yolos` or `GroundingDino`

@@ -62,6 +62,7 @@ class VJepaReward(Reward):
     """
 
     name, wants = 'vjepa', 'clip'
+    checkpoint_layers = ('Block', 'VJEPA2Layer')
 
     def __init__(
         self,
