@@ -113,6 +113,52 @@ def test_export_changes_nothing(tmp_path):
     assert not [str(p) for p in kept if made[p] != kept[p]], 'run nbdev_export'
 
 
+def directives(source): return {(name, value) for name, value in re.findall(r'^#\|\s*(\S+)[ \t]*(\S*)', source, re.M)}
+
+def executed_for_documentation(source):
+    "Does nbdev execute this cell to describe the exported ones? It executes what imports, unless it is exported itself."
+    names = {name for name, value in directives(source)}
+    skipped = ('eval:', 'false') in directives(source) or names & {'export', 'exports', 'exporti'}
+    return not skipped and any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree(source)))
+
+def belongs_to_imports(node, names):
+    "Is it an import, or a setting of something that has just been imported, such as warnings.filterwarnings('ignore')?"
+    if isinstance(node, (ast.Import, ast.ImportFrom)): return True
+    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'value', None)
+    if isinstance(node, ast.Assign) and isinstance(target, ast.Name): return False
+    roots = [n.id for n in ast.walk(target) if isinstance(n, ast.Name)] if target is not None else []
+    return bool(roots) and set(roots) <= names
+
+@notebooks
+def test_a_cell_that_imports_does_nothing_else(path):
+    "nbdev_proc_nbs executes it without the cells before, so that other code in it would fail or take long."
+    mixed = []
+    for source in filter(executed_for_documentation, code(path)):
+        imported = [n for n in tree(source).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        names = {(a.asname or a.name).split('.')[0] for n in imported for a in n.names}
+        if not all(belongs_to_imports(n, names) for n in tree(source).body): mixed.append(source)
+    assert not mixed, 'move the imports to the first cells'
+
+
+def test_nbdev_makes_pages_of_notebooks(tmp_path):
+    "What nbdev_proc_nbs does to each notebook, tried on some."
+    few = ['index.ipynb', '1_ground/01_show.ipynb', '3_models/00_base.ipynb', '8_results/02_cli.ipynb']
+    run = f'import nbdev.serve_drv as d; from nbdev.processors import FilterDefaults as F; from pathlib import Path as P; [d.main((P("nbs")/n, P({str(tmp_path)!r})/P(n).name, F)) for n in {few}]'
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', run], cwd=root, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert 'strip(' in (tmp_path/'01_show.ipynb').read_text(encoding='utf8')
+
+
+@notebooks
+def test_a_notebook_is_stored_as_it_is_saved(path):
+    "As nbdev's hook leaves it, and as nbdev reads and writes it: opened and saved unrun, nothing changes."
+    from execnb.nbio import nb2str, read_nb
+    from nbdev.clean import clean_nb
+    nb = read_nb(path)
+    clean_nb(nb)
+    assert nb2str(nb) == path.read_text(encoding='utf8'), 'run nbdev_clean, or python tools/execute.py on it'
+
+
 def test_readme_is_made_from_the_index():
     from readme import readme
     text, pictures = readme(read(root/'nbs/index.ipynb'))
@@ -161,16 +207,19 @@ def test_the_example_of_the_index_runs(tmp_path, monkeypatch):
 
 def copy(to, **kw):
     "What a build needs, copied to `to`, so that nothing is left in the checkout."
-    for name in ['settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE']:
-        if (root/name).exists(): shutil.copy(root/name, to)
+    for name in ['settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE']:
+        shutil.copy(root/name, to)
     shutil.copytree(root/'vader_nb', to/'vader_nb', **kw)
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    "The wheel of this checkout."
+    "The wheel that is built from the source distribution of this checkout, and from nothing else."
     source = tmp_path_factory.mktemp('source')
     copy(source, ignore=shutil.ignore_patterns('__pycache__'))
-    pip('wheel', source, '--no-build-isolation', '-w', source/'dist')
+    build = [sys.executable, '-c', 'from setuptools.build_meta import build_sdist; build_sdist("dist")']
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    sdist, = (source/'dist').glob('*.tar.gz')
+    pip('wheel', sdist, '--no-build-isolation', '-w', source/'dist')
     return next((source/'dist').glob('*.whl'))
 
 def pip(*args): subprocess.run([sys.executable, '-m', 'pip', *map(str, args), '--no-deps', '-q'], check=True, capture_output=True)

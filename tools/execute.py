@@ -23,11 +23,24 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, index, **kw)
 
 
+WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+
+def without_players(nb):
+    "Store a player as the picture that stands for it; nbdev cannot read the state of linked widgets."
+    shown = [o.data for c in nb.cells for o in c.get('outputs', []) if WIDGET in o.get('data', {})]
+    players = [data for data in shown if 'image/jpeg' in data]
+    for data in players: del data[WIDGET]
+    if players == shown: nb.metadata.pop('widgets', None)
+    return nb
+
+
 def execute(path):
     "Run one notebook in its own folder and write it back with its outputs."
     nb = nbformat.read(path, 4)
-    Client(nb, timeout=1800, kernel_name='python3', coalesce_streams=True, resources={'metadata': {'path': str(path.parent)}}).execute()
-    nbformat.write(nb, path)
+    where = {'metadata': {'path': str(path.parent)}}
+    Client(nb, timeout=1800, kernel_name='python3', coalesce_streams=True, resources=where).execute()
+    nbformat.write(without_players(nb), path)
     nbdev_clean(str(path))
 
 
