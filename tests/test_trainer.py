@@ -283,7 +283,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path, fn, words):
 
 def test_the_loss_scaler_may_skip_eight_steps():
     weight = torch.nn.Parameter(torch.zeros(1)); weight.grad = torch.tensor([torch.inf])
-    run = Trainer(None, None, PROMPTS, Config(), here)
+    run = Trainer(tiny_model(), None, PROMPTS, Config(), here)
     run.weights, run.accelerator = {'w': weight}, SimpleNamespace(scaler=object())
     for _ in range(8): run.check_gradient(torch.inf)
     with pytest.raises(VaderError, match='1 weights, first w'): run.check_gradient(torch.inf)

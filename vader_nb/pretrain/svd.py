@@ -28,7 +28,7 @@ from ..world.scenes import ACTIVITIES, draw, scenes
 from ..world.captions import captions
 from .loop import options, pretrain, write_card
 from .modelscope import chunk
-from .vae import error, quick_start
+from .vae import error, halve_exactly, limit_activations, quick_start
 from ..zoo import load_net
 
 # %% ../../nbs/zoo/14_svd.ipynb #a329dc69
@@ -378,11 +378,14 @@ def train_vae(
     torch.manual_seed(11)
     vae = quick_start(make_vae())
     late = STEPS['decoder']
+    z = 2 * torch.randn(32, 4, 8, 8, generator=make_generator(8))  # to find the largest activations with
 
     def publish(weights, step):
         done = make_vae()
         done.load_state_dict(weights)
-        write_parts(a.to, vae=done.half())
+        done.half().float()  # rounded, as it will be stored
+        limit_activations(done, z, num_frames=8)
+        write_parts(a.to, vae=halve_exactly(done))
 
     vae.load_state_dict(
         pretrain(

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..config import Config
-from ..core import VaderError, check, make_generator, write_json
+from ..core import VaderError, check, make_generator, pick_dtype, write_json
 from ..memory.lora import add_lora
 from ..memory.tricks import adam, use_tricks
 from ..records import append_line, cut_lines, read_lines
@@ -117,11 +117,20 @@ def pass_generator(
 
 # %% ../../nbs/7_training/03_trainer.ipynb #f8f2b6de
 @patch
+def advice(self: Trainer) -> str:
+    "What often helps where something is not finite."
+    if self.step > 0:
+        return 'if the clips have fallen apart, a smaller lr often helps'
+    if torch.float16 in (self.model.dtype, pick_dtype(self.config.mixed_precision)):
+        return 'nothing is trained yet, so fp16 may have overflowed (it ends at 65504): try bf16 or fp32'
+    return 'nothing is trained yet: the cause is the base model, the reward or the sampler'
+
+@patch
 def position(self: Trainer) -> str:
     "The end of an error message: which step it is, and which checkpoint is good."
     found = checkpoints(self.folder)
     last = f'the last good checkpoint is {found[-1]}' if found else 'there is no checkpoint yet'
-    return f'step {self.step + 1}; {last}; if the clips have fallen apart, a smaller lr often helps'
+    return f'step {self.step + 1}; {last}; {self.advice()}'
 
 @patch
 def check_scores(
@@ -132,7 +141,8 @@ def check_scores(
     "Raise `VaderError` if one of the numbers is not finite."
     for name, values in record.items():
         for value, prompt in zip(values.tolist(), prompts):
-            check(math.isfinite(value), f'{name} is {value} for {prompt!r} ({self.position()})')
+            if not math.isfinite(value):
+                raise VaderError(f'{name} is {value} for {prompt!r} ({self.position()})')
 
 # %% ../../nbs/7_training/03_trainer.ipynb #75305d7a
 @patch
@@ -181,8 +191,8 @@ def check_gradient(
     bad = [name for name, p in self.weights.items() if p.grad is not None and not p.grad.isfinite().all()]
     self.skipped = self.skipped + 1 if bad and self.accelerator.scaler else 0
     first = bad[0] if bad else 'none alone'
-    check(0 < self.skipped <= 8,
-          f'the gradient is not finite: {len(bad)} weights, first {first} ({self.position()})')
+    if not 0 < self.skipped <= 8:
+        raise VaderError(f'the gradient is not finite: {len(bad)} weights, first {first} ({self.position()})')
 
 # %% ../../nbs/7_training/03_trainer.ipynb #c3217739
 @patch
