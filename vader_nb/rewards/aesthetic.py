@@ -125,7 +125,10 @@ class Aesthetic(Reward):
         return F.normalize(self.clip(x).image_embeds.float(), dim=1)
 
     def score(self, video, prompts, generator):
-        return frame_mean(lambda x: self.head(self.embed(x)), video)
+        def rate(frames):
+            return self.head(self.embed(frames).to(self.head.layers[0].weight.dtype)).float()
+
+        return frame_mean(rate, video)
 
 # %% ../../nbs/5_rewards/01_aesthetic.ipynb #bcf9bfb2
 def load_aesthetic(

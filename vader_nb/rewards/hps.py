@@ -171,7 +171,7 @@ def open_clip_net(
 
     with torch.device('meta'):
         check_names(shapes(CLIP(**config).state_dict()), shapes(weights), where, 'CLIP')
-    clip = CLIP(**config, cast_dtype=dtype).to(dtype)
+    clip = CLIP(**config).to(dtype)
     clip.load_state_dict(weights)
     return clip
 
