@@ -1,4 +1,5 @@
 "The reward contract: sums, weights, input errors, and what the contract test catches."
+import subprocess, sys
 import pytest, torch
 from torch import nn
 
@@ -122,3 +123,42 @@ def broken(fn): return reward_from(fn, 'broken')
 def test_contract_catches(fn, words, video): says(words, check_reward, broken(fn), video, prompts)
 
 def test_contract_needs_a_batch(video): says('two videos', check_reward, bright, video[:1])
+
+class Switches(Reward):
+    "Notes torch's switches while it scores."
+    name = 'switches'
+    def score(self, video, prompts, generator):
+        self.seen = float32_switches()
+        return video.square().mean((1, 2, 3, 4))
+
+def float32_switches():
+    b = torch.backends
+    new = [b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv] if hasattr(b.cudnn, 'conv') else []
+    return [s.fp32_precision for s in new], b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+@pytest.mark.parametrize('precision', ['highest', 'high', 'medium'])
+@pytest.mark.parametrize('convolutions', [True, False])
+def test_the_contract_is_computed_in_true_float32(video, precision, convolutions):
+    was = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision(precision); torch.backends.cudnn.allow_tf32 = convolutions
+        before, reward = float32_switches(), Switches()
+        check_reward(reward, video)
+        assert reward.seen[1:] == (False, False, 'highest') and set(reward.seen[0]) <= {'ieee'}
+        assert float32_switches() == before
+        with pytest.raises(VaderError): check_reward(reward, video[:1])
+        assert float32_switches() == before
+    finally: torch.set_float32_matmul_precision(was[0]); torch.backends.cudnn.allow_tf32 = was[1]
+
+def test_true_float32_where_the_new_switches_contradict_the_old():
+    if not hasattr(torch.backends.cudnn, 'conv'): pytest.skip('this torch has no new switches')
+    run = """import torch
+from vader_nb.core import true_float32
+b = torch.backends
+b.cuda.matmul.fp32_precision = b.mkldnn.conv.fp32_precision = 'tf32'; b.cudnn.conv.fp32_precision = 'ieee'
+read = lambda: [s.fp32_precision for s in (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv)]
+before = read()
+with true_float32(): print(set(read()), b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32)
+print(read() == before, before[0])"""
+    said = subprocess.run([sys.executable, '-c', run], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == ["{'ieee'} False False", 'True tf32']

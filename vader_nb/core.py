@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VaderError', 'check', 'reason', 'suggest', 'to_frames', 'from_frames', 'swap_cf', 'make_generator', 'randn',
-           'pick_device', 'check_device', 'pick_dtype', 'default_dtype', 'atomic_path', 'write_json', 'read_json']
+           'pick_device', 'check_device', 'pick_dtype', 'default_dtype', 'true_float32', 'atomic_path', 'write_json',
+           'read_json']
 
 # %% ../nbs/1_ground/00_core.ipynb #2b2254f5
 import difflib
@@ -165,6 +166,37 @@ def default_dtype(
     "The number format of a model's weights: `half` for a full model on a GPU, else float32."
     on_gpu = torch.device(device).type != 'cpu'
     return pick_dtype(half if scale == 'full' and on_gpu else 'fp32')
+
+# %% ../nbs/1_ground/00_core.ipynb #66555a5c
+_cudnn, _mkldnn, _cublas = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda.matmul
+_new_switches = [_cublas, _cudnn.conv, _mkldnn.matmul, _mkldnn.conv] if hasattr(_cudnn, 'conv') else []  # torch 2.9
+
+def _read_switch(read):
+    "What a switch says, or None: torch refuses to read an old switch where a new one contradicts it."
+    try: return read()
+    except RuntimeError: return None
+
+def _float32_switches():
+    "The switches that decide how exact float32 is."
+    return dict(
+        matmul=_read_switch(torch.get_float32_matmul_precision),
+        cudnn=_read_switch(lambda: _cudnn.allow_tf32),
+        new=[switch.fp32_precision for switch in _new_switches],
+    )
+
+def _set_float32_switches(matmul, cudnn, new):
+    "Set them; None leaves one as it is."
+    if matmul is not None: torch.set_float32_matmul_precision(matmul)
+    if cudnn is not None: _cudnn.allow_tf32 = cudnn
+    for switch, value in zip(_new_switches, new): switch.fp32_precision = value
+
+@contextmanager
+def true_float32():
+    "Inside, float32 means float32 on every device; torch's switches are restored afterwards."
+    before = _float32_switches()
+    _set_float32_switches('highest', False, ['ieee'] * len(_new_switches))
+    try: yield
+    finally: _set_float32_switches(**before)
 
 # %% ../nbs/1_ground/00_core.ipynb #2dcdef66
 _unwritable = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}

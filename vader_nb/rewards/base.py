@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import check, make_generator, randn, to_frames
+from ..core import check, make_generator, randn, to_frames, true_float32
 
 # %% ../../nbs/4_method/03_reward.ipynb #f8f05e17
 def check_video(
@@ -228,6 +228,7 @@ def _alone(reward, video, prompts, order):
     ]
 
 # %% ../../nbs/4_method/03_reward.ipynb #9a7139d2
+@true_float32()
 def check_reward(
     reward,        # a `Reward`
     video,         # pixels (b, f, 3, h, w), b >= 2 different videos
