@@ -47,6 +47,17 @@ def test_run_resume_eval_sample(capsys, tmp_path):
     code, out, _ = said(capsys, 'sample', '--lora', run/'lora', '--sampling-steps', 2, '--out', tmp_path/'clips', *PROMPTS[:2])
     assert code == 0 and len(list((tmp_path/'clips').glob('*.gif'))) == len(list((tmp_path/'clips').glob('*.mp4'))) == 2
 
+@pytest.mark.parametrize('method, logged', [('ddpo', 'ratio'), ('dpo', 'accuracy')])
+def test_other_methods(capsys, tmp_path, method, logged):
+    run = tmp_path/'run'
+    code, _, err = said(capsys, 'run', 'tiny', '--method', method, '--steps', 1, '--out', run, '--device', 'cpu')
+    assert code == 0, err
+    assert json.loads((run/'config.json').read_text())['method'] == method
+    assert logged in json.loads((run/'metrics.jsonl').read_text())
+    code, _, err = said(capsys, 'run', 'tiny', '--steps', 1, '--out', run, '--device', 'cpu', '--resume')
+    assert code == 2 and 'belongs to another run' in err
+    assert said(capsys, 'eval', run, '--device', 'cpu')[0] == 0
+
 @pytest.mark.parametrize('base', ['opensora', 'svd', 'videocrafter'])
 def test_sample_with_each_base_and_its_own_sampler(capsys, tmp_path, base):
     code, out, err = said(capsys, 'sample', '--base', base, '--sampling-steps', 2, '--out', tmp_path, '--device', 'cpu', 'a labrador playing chess')
@@ -55,7 +66,7 @@ def test_sample_with_each_base_and_its_own_sampler(capsys, tmp_path, base):
 @pytest.mark.parametrize('args, words', [
     (['run', 'modelscope-beauty'], 'unknown experiment'), (['run', 'tiny', '--scale', 'huge'], 'unknown scale'), (['run', 'tiny', '--device', 'tpu'], 'unknown device'),
     (['run', 'tiny', '--steps', '-3'], 'steps is -3'), (['run', 'tiny', '--steps', 'many'], "invalid int value: 'many'"), (['run', 'tiny', '--precision', 'fp16', '--device', 'cpu'], 'fp16 needs a GPU'),
-    (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['run', 'tiny', '--tricks', 'magic'], "unknown trick 'magic'"), (['sample', '--base', 'imagen', 'x'], 'unknown base model'), (['sample', ''], 'empty'), (['sample', 'a panda ' * 9], 'shorten it'),
+    (['run', 'tiny', '--method', 'ppo'], "unknown method 'ppo'"), (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['run', 'tiny', '--tricks', 'magic'], "unknown trick 'magic'"), (['sample', '--base', 'imagen', 'x'], 'unknown base model'), (['sample', ''], 'empty'), (['sample', 'a panda ' * 9], 'shorten it'),
     (['sample', 'a panda', '--sampling-steps', '0'], 'T is 0'), (['sample', 'a panda', '--guidance', 'nan'], 'guidance is nan'), (['sample', 'a panda', '--seed', str(2**70)], 'seed is'), (['run', 'tiny', '--seed', str(2**40)], 'seed is'), (['sample', 'a panda', '--lora', 'nowhere'], 'nowhere holds no'), (['eval', 'nowhere'], 'nowhere'),
     ([], 'required'), (['dance'], 'invalid choice')])
 def test_one_clear_line(capsys, tmp_path, monkeypatch, args, words):

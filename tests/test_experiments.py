@@ -17,6 +17,26 @@ def test_settings_make_sense(name, scale):
 
 @both
 @each
+@pytest.mark.parametrize('method', ['ddpo', 'dpo'])
+def test_other_methods_keep_the_experiment(name, scale, method):
+    vader = experiment_config(name, scale)
+    if vader.sampler in ('euler', 'rflow') and method == 'ddpo':
+        with pytest.raises(VaderError, match='ddpo needs a sampler that draws noise'): experiment_config(name, scale, method)
+        return
+    config = experiment_config(name, scale, method)
+    kept = ('experiment', 'scale', 'guidance', 'frames', 'height', 'width', 'mixed_precision')
+    assert config.method == method and all(getattr(config, k) == getattr(vader, k) for k in kept)
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(VaderError, match="unknown method 'ppo': use vader, ddpo, dpo"):
+        experiment_config('modelscope-aesthetic', method='ppo')
+
+def test_the_published_numbers_of_the_other_methods():
+    ddpo, dpo = [experiment_config('modelscope-aesthetic', 'full', method) for method in ('ddpo', 'dpo')]
+    assert (ddpo.eta, ddpo.clip_range, ddpo.lr, dpo.beta, dpo.lr) == (1, 1e-4, 1e-4, 5000, 2e-4)
+
+@both
+@each
 def test_training_and_test_prompts_are_kept_apart(name, scale):
     train, tests = find_experiment(name).prompts(scale)
     assert train and tests and not set(train) & set(tests) and len(set(train)) == len(train)
@@ -88,3 +108,5 @@ def test_runs_lie_in_one_place_and_are_never_mixed(tmp_path, monkeypatch):
     fresh_folder(config).mkdir(parents=True)
     fresh_folder(config).mkdir()
     assert fresh_folder(config).name == 'modelscope-aesthetic-small-3-3'
+    ddpo = experiment_config('modelscope-aesthetic', method='ddpo', seed=3)
+    assert default_folder(ddpo).name == 'modelscope-aesthetic-ddpo-small-3'

@@ -59,7 +59,8 @@ def test_what_decides_a_run_is_recorded(unbroken):
 def test_each_step_has_its_line(unbroken):
     folder, records = unbroken
     assert read_lines(folder/'metrics.jsonl') == records and [r['step'] for r in records] == [1, 2, 3, 4, 5]
-    assert {'step', 'loss', 'reward', 'bright', 'reward_queries', 'denoiser_passes', 'seconds', 'peak_memory', 'gradient_norm'} == set(records[0])
+    assert {'step', 'loss', 'reward', 'bright', 'reward_queries', 'denoiser_passes', 'backward_passes', 'seconds',
+            'peak_memory', 'gradient_norm'} == set(records[0])
     assert all(r['loss'] == pytest.approx(-r['reward']) for r in records)
     assert [r['step'] for r in read_lines(folder/'eval.jsonl')] == [0, 5]
 

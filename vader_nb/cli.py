@@ -33,7 +33,9 @@ def list_experiments(
     print(json.dumps(entries, indent=2))
 
 # %% ../nbs/8_results/02_cli.ipynb #2df5fb63
-_config_options = dict(steps='train_steps', seed='seed', precision='mixed_precision', tricks='tricks')
+_config_options = dict(
+    method='method', steps='train_steps', seed='seed', precision='mixed_precision', tricks='tricks',
+)
 
 def _given(
     args,
@@ -175,6 +177,7 @@ def _run_options(add):
     "The options of `vader run`."
     add('experiment', metavar='EXPERIMENT', help='a name from vader list')
     add('--scale', default='small', metavar='SCALE', help='small (in this package) or full (published weights)')
+    add('--method', metavar='M', help='vader, ddpo or dpo; default: vader')
     add('--steps', type=int, metavar='N', help='optimizer steps')
     add('--seed', type=int, metavar='S', help='decides all random draws; default: 0')
     add('--precision', metavar='P', help='fp32, fp16 or bf16')

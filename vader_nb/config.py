@@ -61,6 +61,14 @@ class Config:
     tricks: str = ''                      # names of `TRICKS`, such as 'checkpointing vae_slicing', for less memory
     eval_every: int = 0                   # optimizer steps between evaluations; 0: before and after only
     save_every: int = 10                  # optimizer steps between checkpoints
+    method: str = 'vader'                 # 'vader', 'ddpo' or 'dpo'
+    experience_batches: int = 1           # ddpo and dpo: batches of clips that are sampled before learning from them
+    inner_epochs: int = 1                 # ddpo and dpo: how often each clip is learnt from
+    advantage: str = 'batch'              # ddpo: what a reward is compared with, those of the 'batch' or the 'prompt'
+    log_prob: str = 'mean'                # ddpo: log-probability of a step, 'mean' or 'sum' over its elements
+    clip_range: float = 1e-4              # ddpo: how far from 1 the probability ratio still counts
+    beta: float = 5000.                   # dpo: how much leaving the base model costs
+    pairs: str = ''                       # dpo: a file of pairs to learn from instead of pairs that are sampled
 
     def __post_init__(self): check_config(self)
 
@@ -70,11 +78,14 @@ _choices = dict(
     where=['last', 'x0'],
     sampler=['ddpm', 'ddim', 'dpm++', 'euler', 'rflow'],
     mixed_precision=['fp32', 'fp16', 'bf16'],
+    method=['vader', 'ddpo', 'dpo'],
+    advantage=['batch', 'prompt'],
+    log_prob=['mean', 'sum'],
 )
 _at_least_0 = ['seed', 'eval_every']
 _at_least_1 = ['train_steps', 'batch_size', 'gradient_accumulation_steps', 'rank', 'T', 'K', 'save_every',
-               'frames', 'height', 'width', 'decoded_frames']
-_above_0 = ['lr', 'max_grad_norm', 'alpha']
+               'frames', 'height', 'width', 'decoded_frames', 'experience_batches', 'inner_epochs']
+_above_0 = ['lr', 'max_grad_norm', 'alpha', 'clip_range', 'beta']
 _kinds = {int: 'a whole number', float: 'a number', str: 'a word'}
 
 # %% ../nbs/4_method/00_config.ipynb #4a1daf2e
@@ -89,6 +100,24 @@ def _check_kind(
     if ok and kind is float:
         ok = math.isfinite(value)
     check(ok, f'{name} is {value!r}, but must be {_kinds[kind]}')
+
+# %% ../nbs/4_method/00_config.ipynb #3b276fee
+def _check_method(
+    c,  # a `Config`
+):
+    "Raise `VaderError` for settings with which `c.method` cannot work."
+    if c.method == 'vader': return
+    passes = c.experience_batches * c.inner_epochs
+    if c.method == 'ddpo':
+        passes *= c.T
+        noisy = c.sampler == 'ddpm' or c.sampler == 'ddim' and c.eta > 0
+        check(noisy, f"ddpo needs a sampler that draws noise, which {c.sampler} with eta={c.eta:g} does not: "
+                     "use sampler='ddim' with eta=1, or 'ddpm'")
+    else:
+        check(c.batch_size % 2 == 0, f'a batch of {c.batch_size} cannot hold pairs: choose an even batch_size')
+    check(passes % c.gradient_accumulation_steps == 0,
+          f'the {passes} passes of an experience cannot be shared out to steps of {c.gradient_accumulation_steps}: '
+          f'choose gradient_accumulation_steps that divide {passes}')
 
 # %% ../nbs/4_method/00_config.ipynb #08d29acc
 def check_config(
@@ -111,6 +140,7 @@ def check_config(
           f'decoded_frames is {c.decoded_frames}, but a clip has {c.frames} frames: choose 1 to {c.frames}')
     check(0 <= c.eta <= 1, f'eta is {c.eta}, but must lie between 0 and 1')
     check_tricks(c.tricks)
+    _check_method(c)
 
 # %% ../nbs/4_method/00_config.ipynb #7b7ab261
 _old_fields = dict(
@@ -132,11 +162,15 @@ _old_tricks = dict(
     adam8='adam8bit',
 )
 
+_later_fields = ['method', 'experience_batches', 'inner_epochs', 'advantage', 'log_prob', 'clip_range', 'beta', 'pairs']
+
 def current_names(
     settings: dict,  # field -> value, of this version or an older one
 ) -> dict:
-    "The same settings under today's names."
-    new = {_old_fields.get(name, name): value for name, value in settings.items()}
+    "The same settings under today's names, with the values of fields that did not exist then."
+    defaults = Config()
+    new = {name: getattr(defaults, name) for name in _later_fields}
+    new |= {_old_fields.get(name, name): value for name, value in settings.items()}
     if isinstance(new.get('tricks'), str):
         new['tricks'] = ' '.join(_old_tricks.get(word, word) for word in new['tricks'].split())
     return new

@@ -86,6 +86,31 @@ videocrafter_small = dict(train_steps=20, lr=3e-3, T=10)  # T divides 1000: its 
 opensora_small = dict(train_steps=20, sampler='rflow', frames=17)
 svd_small = dict(train_steps=20, lr=4e-3, K=8, sampler='euler', guidance=2., eval_every=10)
 
+# %% ../../nbs/8_results/01_experiments.ipynb #527d91df
+_methods = dict(
+    small=dict(
+        vader={},
+        ddpo=dict(eta=1., T=10, K=1, lr=3e-3, batch_size=16, gradient_accumulation_steps=10, decoded_frames=8),
+        dpo=dict(T=10, K=1, lr=1e-3, batch_size=16, inner_epochs=4, decoded_frames=8),
+    ),
+    full=dict(
+        vader={},
+        ddpo=dict(eta=1., K=1, lr=1e-4, clip_range=1e-4, advantage='prompt', batch_size=4, experience_batches=4,
+                  gradient_accumulation_steps=25),
+        dpo=dict(K=1, lr=2e-4, beta=5000., batch_size=4, experience_batches=8, gradient_accumulation_steps=8),
+    ),
+)
+
+def _for_method(
+    settings: dict,  # of an experiment
+    scale,           # 'small' or 'full'
+    method,          # 'vader', 'ddpo' or 'dpo'
+) -> dict:
+    "The settings with what the method needs laid over them."
+    check(method in _methods[scale], f'unknown method {method!r}: use {", ".join(_methods[scale])}')
+    noisy = dict(sampler='ddim') if method == 'ddpo' and settings.get('sampler') == 'dpm++' else {}
+    return {**settings, **_methods[scale][method], **noisy, 'method': method}
+
 # %% ../../nbs/8_results/01_experiments.ipynb #1183acf7
 EXPERIMENTS = {
     'modelscope-aesthetic': Experiment(
@@ -150,14 +175,15 @@ def find_experiment(
 
 # %% ../../nbs/8_results/01_experiments.ipynb #398c04c1
 def experiment_config(
-    name: str,      # one of `EXPERIMENTS`
-    scale='small',  # 'small' or 'full'
-    **changes,      # fields of `Config`
+    name: str,       # one of `EXPERIMENTS`
+    scale='small',   # 'small' or 'full'
+    method='vader',  # 'vader', 'ddpo' or 'dpo'
+    **changes,       # fields of `Config`
 ) -> Config:
-    "The settings of an experiment. Raises `VaderError` for an unknown name, scale or a bad value."
+    "The settings of an experiment. Raises `VaderError` for an unknown name, scale or method, or a bad value."
     experiment = find_experiment(name)
     check(scale in ('small', 'full'), f'unknown scale {scale!r}: use small or full')
-    settings = experiment.small if scale == 'small' else experiment.full
+    settings = _for_method(experiment.small if scale == 'small' else experiment.full, scale, method)
     return Config(**{**settings, **changes, 'experiment': name, 'scale': scale})
 
 # %% ../../nbs/8_results/01_experiments.ipynb #98fd0017
@@ -199,11 +225,12 @@ def run(
 def default_folder(
     config: Config,
 ) -> Path:
-    "Where a run goes unless another place is named: `runs/EXPERIMENT-SCALE-SEED`, in the checkout if there is one."
+    "Where a run goes unless another place is named: `runs/EXPERIMENT[-METHOD]-SCALE-SEED`, in the checkout if any."
     here = Path.cwd()
     checkouts = [d for d in (here, *here.parents) if (d/'settings.ini').is_file() and (d/'vader_nb').is_dir()]
     home = checkouts[0] if checkouts else here
-    return home/'runs'/f'{config.experiment}-{config.scale}-{config.seed}'
+    method = '' if config.method == 'vader' else f'-{config.method}'
+    return home/'runs'/f'{config.experiment}{method}-{config.scale}-{config.seed}'
 
 # %% ../../nbs/8_results/01_experiments.ipynb #7d731274
 def fresh_folder(

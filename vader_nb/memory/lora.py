@@ -74,7 +74,8 @@ def lora_off(
     model,  # a `VideoModel` with LoRA
 ):
     "Inside, `model` is the pretrained one again."
-    with model.denoiser.disable_adapter(): yield model
+    denoiser = getattr(model.denoiser, 'module', model.denoiser)  # without the wrapper that several processes need
+    with denoiser.disable_adapter(): yield model
 
 # %% ../../nbs/4_method/01_lora.ipynb #c90b5847
 def save_lora(

@@ -54,7 +54,7 @@ _page = '''# {name}
 
 {held_out}
 
-![reward on the training prompts](curve.png)
+![how the training went](curve.png)
 
 ## Before and after, from the same noise
 
@@ -84,9 +84,10 @@ def write_report(
 ):
     "Write `report.md` and its curve."
     lines = read_lines(folder/'metrics.jsonl')
-    rewards = [line['reward'] for line in lines]
+    name = 'loss' if lines[0]['reward'] is None else 'reward'  # pairs from a file have no rewards
     with atomic_path(folder/'curve.png') as new:
-        curve(rewards, smooth=5, ylabel='reward', title='reward on the training prompts').save(new, 'PNG')
+        values = [line[name] for line in lines]
+        curve(values, smooth=5, ylabel=name, title=f'{name} on the training prompts').save(new, 'PNG')
     page = _page.format(
         name=f'{settings["experiment"]}, {settings["scale"]} scale',
         steps=len(lines),
