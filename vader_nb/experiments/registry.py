@@ -90,8 +90,8 @@ svd_small = dict(train_steps=20, lr=4e-3, K=8, sampler='euler', guidance=2., eva
 _methods = dict(
     small=dict(
         vader={},
-        ddpo=dict(eta=1., T=10, K=1, lr=3e-3, batch_size=16, gradient_accumulation_steps=10, decoded_frames=8),
-        dpo=dict(T=10, K=1, lr=1e-3, batch_size=16, inner_epochs=4, decoded_frames=8),
+        ddpo=dict(eta=1., T=10, K=1, lr=3e-3, batch_size=16, gradient_accumulation_steps=10),
+        dpo=dict(T=10, K=1, lr=1e-3, batch_size=16, inner_epochs=4),
     ),
     full=dict(
         vader={},
@@ -108,8 +108,12 @@ def _for_method(
 ) -> dict:
     "The settings with what the method needs laid over them."
     check(method in _methods[scale], f'unknown method {method!r}: use {", ".join(_methods[scale])}')
-    noisy = dict(sampler='ddim') if method == 'ddpo' and settings.get('sampler') == 'dpm++' else {}
-    return {**settings, **_methods[scale][method], **noisy, 'method': method}
+    new = {**settings, **_methods[scale][method], 'method': method}
+    if method == 'ddpo' and new.get('sampler') == 'dpm++':
+        new['sampler'] = 'ddim'  # with the noise that DPM-Solver++ does not draw
+    if method != 'vader' and scale == 'small':
+        new['decoded_frames'] = new.get('frames', Config.frames)  # all: a reward of one frame is a noisier number
+    return new
 
 # %% ../../nbs/8_results/01_experiments.ipynb #1183acf7
 EXPERIMENTS = {
