@@ -130,9 +130,25 @@ def rank_0(tensors, config): return tensors, config | dict(r=0)
 def rank_in_words(tensors, config): return tensors, config | dict(r='four')
 def alpha_0(tensors, config): return tensors, config | dict(lora_alpha=0)
 def alpha_nan(tensors, config): return tensors, config | dict(lora_alpha=float('nan'))
+def alpha_below_0(tensors, config): return tensors, config | dict(lora_alpha=-1)
+def alpha_in_words(tensors, config): return tensors, config | dict(lora_alpha='four')
+def alpha_none(tensors, config): return tensors, config | dict(lora_alpha=None)
+def alpha_true(tensors, config): return tensors, config | dict(lora_alpha=True)
+def rank_none(tensors, config): return tensors, config | dict(r=None)
+def rank_below_0(tensors, config): return tensors, config | dict(r=-4)
+def rank_broken(tensors, config): return tensors, config | dict(r=4.5)
+def whole_numbers(tensors, config): return {k: (v * 100).int() for k, v in tensors.items()}, config
+def complex_numbers(tensors, config): return {k: v.to(torch.complex64) for k, v in tensors.items()}, config
+def a_list(tensors, config): return tensors, [config]
+def dora(tensors, config): return tensors, config | dict(use_dora=True)
+def with_biases(tensors, config): return tensors, config | dict(bias='all')
+def of_a_language_model(tensors, config): return tensors, config | dict(task_type='CAUSAL_LM')
+def names_of_diffusers(tensors, config): return {k.replace('base_model.model.', 'unet.'): v for k, v in tensors.items()}, config
 
 DAMAGES = [without_prefix, empty, half, no_B, one_nan, one_inf, one_more, another_rank, another_shape, loha, no_kind,
-           fewer_targets, other_targets, no_targets, rank_0, rank_in_words, alpha_0, alpha_nan]
+           fewer_targets, other_targets, no_targets, rank_0, rank_in_words, alpha_0, alpha_nan,
+           alpha_below_0, alpha_in_words, alpha_none, alpha_true, rank_none, rank_below_0, rank_broken, whole_numbers, complex_numbers,
+           a_list, dora, with_biases, of_a_language_model, names_of_diffusers]
 
 @pytest.mark.parametrize('tuned', [False, True])
 @pytest.mark.parametrize('damage', DAMAGES)
