@@ -1,5 +1,5 @@
 "The trainer: one process or two, killed or not, in good and bad weather; all on a tiny random model."
-import errno, json, os, signal, subprocess, sys, time
+import errno, json, os, signal, subprocess, sys, threading, time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +105,48 @@ def test_stopped_in_an_awkward_moment(unbroken, tmp_path, monkeypatch, file):
         with pytest.raises(KeyboardInterrupt): list(tiny_fit(tmp_path, chance=.01, changes=LONG))
     list(tiny_fit(tmp_path, chance=.01, changes=LONG, resume=True))
     assert_equal_runs(unbroken[0], tmp_path)
+
+def test_sigterm_costs_nothing(unbroken, tmp_path):
+    "A scheduler's signal: the step is finished and kept, the exit code says what it was, and the run goes on bit for bit."
+    folder = tmp_path/'stopped'
+    program = command(here/'tiny_run.py', folder, json.dumps(dict(LONG, chance=.01)))
+    while program.poll() is None and len(read_lines(folder/'metrics.jsonl')) < 1: time.sleep(.01)
+    program.send_signal(signal.SIGTERM)
+    assert program.wait() == 143
+    done = read_lines(folder/'metrics.jsonl')[-1]['step']
+    said = program.stderr.read()
+    assert f'stopped after step {done}; --resume goes on from there' in said and 'Traceback' not in said
+    assert checkpoints(folder)[-1].stem == f'step_{done:06d}' and not (folder/'report.md').exists()
+    assert [r['step'] for r in tiny_fit(folder, chance=.01, changes=LONG, resume=True)] == list(range(done + 1, 6))
+    assert_equal_runs(unbroken[0], folder)
+
+def test_the_users_own_handler_comes_back(tmp_path):
+    def own(number, frame): pass
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        list(tiny_fit(tmp_path, changes=dict(train_steps=1)))
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally: signal.signal(signal.SIGTERM, before)
+
+def test_a_run_may_be_in_another_thread(tmp_path):
+    done = []
+    thread = threading.Thread(target=lambda: done.extend(tiny_fit(tmp_path, changes=dict(train_steps=1))))
+    thread.start()
+    thread.join()
+    assert len(done) == 1
+
+def test_the_surroundings_change_nothing(unbroken, tmp_path, monkeypatch):
+    "Variables that accelerate reads, and a gradient that somebody has switched off."
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '8')
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    with torch.no_grad(): list(tiny_fit(tmp_path, chance=.01, changes=LONG))
+    assert_equal_runs(unbroken[0], tmp_path)
+
+def test_a_system_without_the_resource_module(tmp_path, monkeypatch):
+    "Windows is one."
+    monkeypatch.setitem(sys.modules, 'resource', None)
+    record, = tiny_fit(tmp_path, changes=dict(train_steps=1))
+    assert record['peak_memory'] > 1e7
 
 def test_a_finished_run_can_be_taken_further(unbroken, tmp_path):
     list(tiny_fit(tmp_path, chance=.01, changes=dict(LONG, train_steps=4)))

@@ -90,6 +90,11 @@ def save_lora(
 # %% ../../nbs/4_method/01_lora.ipynb #4be66399
 _files = 'adapter_config.json', 'adapter_model.safetensors'
 
+def _check_number(name, value, kinds):
+    "Raise `VaderError` unless it is a number of these kinds above 0."
+    ok = type(value) in kinds and 0 < value < math.inf
+    check(ok, f'its {name} is {value!r}, but must be a {"whole " if kinds == (int,) else ""}number above 0')
+
 def _read_config(path):
     "The LoRA that a saved config describes."
     from peft import LoraConfig, PeftConfig
@@ -98,7 +103,8 @@ def _read_config(path):
     kind = getattr(config.peft_type, 'value', config.peft_type)
     check(isinstance(config, LoraConfig), f'its peft_type is {kind}, but must be LORA')
     check(config.target_modules, 'its config names no target_modules')
-    check(0 < config.lora_alpha < math.inf, f'its lora_alpha is {config.lora_alpha}, but must be above 0')
+    _check_number('r', config.r, (int,))
+    _check_number('lora_alpha', config.lora_alpha, (int, float))
     config.inference_mode = False
     return config
 
@@ -109,7 +115,8 @@ def _read_lora(folder):
         config = _read_config(folder/_files[0])
         tensors = load_file(folder/_files[1])
         for name, tensor in tensors.items():
-            check(tensor.isfinite().all(), f'{name} holds numbers that are not finite')
+            check(tensor.is_floating_point(), f'{name} is of {tensor.dtype}, but must be of a floating-point type')
+            check(tensor.float().isfinite().all(), f'{name} holds numbers that are not finite')
         return config, tensors
     except Exception as e:
         raise VaderError(f'{folder} holds no whole LoRA ({", ".join(_files)}): {reason(e)}') from e
