@@ -9,12 +9,15 @@ __all__ = ['VADER', 'Method', 'load_method', 'Trainer', 'make_accelerator', 'dra
 import contextlib
 import importlib.util
 import math
+import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
+import psutil
 import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
@@ -79,6 +82,7 @@ class Trainer:
     passes: int = field(default=0, init=False)   # clips sent through the denoiser; with guidance each counts twice
     backward_passes: int = field(default=0, init=False)  # those of them that keep a graph, to go back through
     skipped: int = field(default=0, init=False)  # steps that the loss scaler has skipped in a row
+    terminated: bool = field(default=False, init=False)  # has SIGTERM come?
     parts: list = field(default_factory=list, init=False)   # the experience of this process, for methods with `collect`
     used: int = field(default=0, init=False)                # passes that have learnt from it
     scores: dict = field(default_factory=dict, init=False)  # of the experience in all processes
@@ -94,6 +98,7 @@ def make_accelerator(
 ):  # -> `accelerate.Accelerator`
     "An accelerator for that precision. Raises `VaderError` where accelerate would silently take another."
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import GradientAccumulationPlugin
     from accelerate.state import AcceleratorState
     cpu = torch.device(device).type == 'cpu'
     check(not (cpu and precision == 'fp16'), 'fp16 needs a GPU: use fp32 or bf16 on a CPU')
@@ -102,6 +107,7 @@ def make_accelerator(
     return Accelerator(
         cpu=cpu,
         mixed_precision='no' if precision == 'fp32' else precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # we accumulate
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
@@ -305,7 +311,11 @@ def peak_memory(
     "The most memory in use so far: by torch on a GPU, by the whole process on a CPU."
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        memory = psutil.Process().memory_info()
+        return getattr(memory, 'peak_wset', memory.rss)
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -341,7 +351,8 @@ def train_step(self: Trainer) -> dict:  # the line for the log
     with self.count_passes():
         if self.method.collect and self.is_used_up():
             self.collect()
-        records = [self.train_pass(i) for i in range(self.config.gradient_accumulation_steps)]
+        with torch.enable_grad():
+            records = [self.train_pass(i) for i in range(self.config.gradient_accumulation_steps)]
     norm = self.clip_gradient()
     self.optimizer.step()
     self.optimizer.zero_grad()
@@ -540,18 +551,47 @@ def is_due(
         return True
     return every > 0 and self.step % every == 0
 
+# %% ../../nbs/7_training/03_trainer.ipynb #5e17a002
+@patch
+@contextlib.contextmanager
+def note_sigterm(self: Trainer):
+    "Within this block SIGTERM is noted, and nothing else. Signals reach the main thread only."
+    def note(number, frame):
+        self.terminated = True
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+@patch
+def stop_if_terminated(self: Trainer):
+    "If SIGTERM has come to any of the processes: write a checkpoint, say so and end the program."
+    a = self.accelerator
+    if not a.gather(torch.tensor([int(self.terminated)], device=a.device)).any():
+        return
+    self.save_checkpoint()
+    if a.is_main_process:
+        print(f'SIGTERM: stopped after step {self.step}; --resume goes on from there', file=sys.stderr)
+    raise SystemExit(143)
+
 # %% ../../nbs/7_training/03_trainer.ipynb #9c7db1e9
 @patch
 def steps(self: Trainer):  # -> generator of dicts
     "The remaining steps of a run; each yields its line when its evaluation and checkpoint are done."
     c = self.config
     hidden = not (self.progress and self.accelerator.is_main_process)
-    if self.step == 0:
-        self.log_evaluation()
-    with tqdm(total=c.train_steps, initial=self.step, desc=c.experiment, disable=hidden) as bar:
+    bar = tqdm(total=c.train_steps, initial=self.step, desc=c.experiment, disable=hidden)
+    with bar, self.note_sigterm():
+        if self.step == 0 or self.is_due(c.eval_every):
+            self.log_evaluation()
         while self.step < c.train_steps:
             record = self.train_step()
             self.log('metrics.jsonl', record)
+            self.stop_if_terminated()
             if self.is_due(c.eval_every):
                 self.log_evaluation()
             if self.is_due(c.save_every):
