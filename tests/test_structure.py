@@ -90,8 +90,9 @@ def test_one_cell_installs_the_package_in_colab(path):
 def test_the_install_cell():
     from colab import address, install_cell, with_install_cell
     lines = [line.rstrip() for line in install_cell('')['source']]
-    assert lines[:2] == ['#| eval: false', '#| hide'] and lines[-1].endswith(address())
-    assert not re.search(r'-U|--upgrade|--force|dev', lines[-1]), 'an installed torch within the bounds stays as it is'
+    assert lines[:2] == ['#| eval: false', '#| hide'] and lines[3].endswith(address())
+    assert lines[4].startswith('import vader_nb '), 'before torch: it says how the threads of torch wait'
+    assert not re.search(r'-U|--upgrade|--force|dev', lines[3]), 'an installed torch within the bounds stays as it is'
     bare = dict(cells=[dict(cell_type='markdown', source=['# Title'], id='a'), dict(cell_type='code', source=['1'], id='b')])
     once = with_install_cell(bare, 'x.ipynb')
     assert [c['id'] for c in once['cells']][::2] == ['a', 'b'] and with_install_cell(once, 'x.ipynb') == once
@@ -100,6 +101,38 @@ def test_the_install_cell():
 def test_import_is_light():
     run = 'import sys, time; t = time.perf_counter(); import vader_nb; s = time.perf_counter() - t; assert "torch" not in sys.modules; print(s)'
     assert float(subprocess.check_output([sys.executable, '-c', run])) < 1
+
+
+WAITING = 'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'
+
+def waiting(run, **settings):
+    "How threads wait, as a fresh Python with these settings says at the end of `run`."
+    env = {k: v for k, v in os.environ.items() if k not in WAITING} | settings
+    run += f'; import os; print(*[os.environ.get(k) for k in {WAITING}])'
+    return subprocess.check_output([sys.executable, '-c', run], env=env, text=True, cwd=root).split()
+
+
+def test_threads_wait_a_short_while():
+    "On a busy machine torch's threads spin on each other; the setting must stand before torch loads."
+    seen = """
+import sys
+def note(name, args):
+    if name == 'import' and args[0] == 'torch': import os; print(os.environ['GOMP_SPINCOUNT'])
+sys.addaudithook(note)
+import vader_nb.cli"""
+    first, *_ = waiting(seen)
+    assert first == '1000'
+    assert waiting('import vader_nb') == ['1000', 'None']
+
+
+def test_a_users_own_way_of_waiting_wins():
+    assert waiting('import vader_nb', GOMP_SPINCOUNT='7') == ['7', 'None']
+    assert waiting('import vader_nb', OMP_WAIT_POLICY='PASSIVE') == ['None', 'PASSIVE']
+
+
+def test_threads_of_the_tests_wait_a_short_while():
+    "conftest.py imports the package before torch."
+    assert {k for k in WAITING if k in os.environ}
 
 
 def test_export_changes_nothing(tmp_path):

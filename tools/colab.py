@@ -1,7 +1,7 @@
-"""Write the cell that installs the package in Colab into every notebook: python tools/colab.py
+"""Write the first cell into every notebook, which installs the package in Colab: python tools/colab.py
 
 The address of the repository comes from settings.ini. pip leaves packages alone that are there and within the bounds of
-settings.ini, so Colab's own torch stays.
+settings.ini, so Colab's own torch stays. The package is imported before torch, since it says how torch's threads wait.
 """
 import hashlib, json
 from configparser import ConfigParser
@@ -11,7 +11,8 @@ root = Path(__file__).resolve().parent.parent
 template = """#| eval: false
 #| hide
 if 'google.colab' in str(get_ipython()):
-    %pip install -q git+{url}"""
+    %pip install -q git+{url}
+import vader_nb  # noqa: F401 (before torch: it says how the threads of torch wait)"""
 
 
 def address():

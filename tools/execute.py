@@ -7,6 +7,8 @@ from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 
+import vader_nb  # noqa: F401  (kernels inherit how threads wait)
+
 root = Path(__file__).resolve().parent.parent
 
 
