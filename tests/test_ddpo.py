@@ -191,7 +191,8 @@ def test_equal_rewards_are_said(n):
 
 def test_a_reward_without_variance_stops_the_run(tmp_path):
     flat = reward_from(lambda video, prompts: torch.ones(len(video)), 'flat')
-    with pytest.raises(VaderError, match='none is better than another'): list(tiny_fit(tmp_path, reward=flat, changes=DDPO))
+    with pytest.raises(VaderError, match='none is better than another'):
+        list(tiny_fit(tmp_path, reward=flat, changes=DDPO))
 
 
 # Bad input
@@ -216,7 +217,8 @@ def test_ddpm_is_a_policy_too(tmp_path):
 # A run
 
 def timeless(folder):
-    return [{k: v for k, v in r.items() if k not in ('seconds', 'peak_memory')} for r in read_lines(folder/'metrics.jsonl')]
+    lines = read_lines(folder/'metrics.jsonl')
+    return [{k: v for k, v in line.items() if k not in ('seconds', 'peak_memory')} for line in lines]
 
 def lora(folder): return (folder/'lora/adapter_model.safetensors').read_bytes()
 
@@ -266,7 +268,8 @@ def test_two_processes_are_one(tmp_path):
     two = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     list(tiny_fit(tmp_path/'one', changes=changes))
     assert two.wait() == 0, two.stderr.read()
-    for a, b in zip(timeless(tmp_path/'one'), timeless(tmp_path/'two')): assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    for a, b in zip(timeless(tmp_path/'one'), timeless(tmp_path/'two')):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 def test_bf16_keeps_the_ratio_near_one(tmp_path):
     run = tiny_trainer(tmp_path, **DDPO, mixed_precision='bf16')
@@ -284,6 +287,6 @@ def test_a_method_of_ones_own(tmp_path):
     method = Method(step, collect, lambda rewards, prompts, config, memory: rewards * 2)
     run = Trainer(tiny_trainer(tmp_path).model, bright(), PROMPTS, Config(**TINY), tmp_path, method=method)
     other = tiny_trainer(tmp_path)
-    run.model, run.accelerator, run.optimizer, run.weights = other.model, other.accelerator, other.optimizer, other.weights
+    for name in ('model', 'accelerator', 'optimizer', 'weights'): setattr(run, name, getattr(other, name))
     for _ in range(2): record = run.train_step()
     assert sorted(seen) == [(0, [0., 2.]), (1, [0., 2.])] and record['reward'] == .5 and record['reward_queries'] == 2

@@ -1,4 +1,4 @@
-"Diffusion-DPO: log 2 at first, the winner's gain, pairs from a file, bad input, a kill in the middle of the inner epochs."
+"Diffusion-DPO: log 2 at first, the winner's gain, pairs from a file, bad input, exact resume within inner epochs."
 import json
 import math
 import os
@@ -88,7 +88,8 @@ def test_following_it_ends_at_the_known_place():
     optimizer = torch.optim.SGD([model.weight], .05)
     for _ in range(400):
         right, _ = dpo_step(model, None, two_clips(1.), config, make_generator(0))
-        wrong, _ = dpo_step(model, None, dict(two_clips(1.), advantage=torch.tensor([-1., 1.])), config, make_generator(0))
+        reversed_pair = dict(two_clips(1.), advantage=torch.tensor([-1., 1.]))
+        wrong, _ = dpo_step(model, None, reversed_pair, config, make_generator(0))
         (p * right + (1 - p) * wrong).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,7 +154,8 @@ def test_a_tie_teaches_nothing(tmp_path):
 
 def test_a_reward_without_variance_stops_the_run(tmp_path):
     flat = reward_from(lambda video, prompts: torch.ones(len(video)), 'flat')
-    with pytest.raises(VaderError, match='in none of the 1 pairs') as e: list(tiny_fit(tmp_path, reward=flat, changes=DPO))
+    with pytest.raises(VaderError, match='in none of the 1 pairs') as e:
+        list(tiny_fit(tmp_path, reward=flat, changes=DPO))
     assert '\n' not in str(e.value)
 
 
@@ -164,7 +166,8 @@ def clips(tmp_path_factory):
     "Clips in the size of the tiny model, as GIF and MP4, and a file of two pairs."
     folder = tmp_path_factory.mktemp('pairs')
     videos = torch.rand(4, 4, 3, 16, 16, generator=make_generator(0))
-    for i, video in enumerate(videos): (save_gif if i % 2 else save_mp4)(video, folder/f'{i}.{"gif" if i % 2 else "mp4"}')
+    for i in (0, 2): save_mp4(videos[i], folder/f'{i}.mp4')
+    for i in (1, 3): save_gif(videos[i], folder/f'{i}.gif')
     lines = [dict(prompt=PROMPTS[i], winner=f'{2*i}.mp4', loser=f'{2*i+1}.gif') for i in range(2)]
     (folder/'pairs.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n\n')
     return folder
@@ -217,7 +220,8 @@ def test_files_that_hold_no_pairs(clips, tmp_path):
     (clips/'empty.jsonl').write_text('\n')
     config = Config(**{**TINY, **DPO})
     for name, says in dict(none='no file of pairs', empty='holds no pairs').items():
-        with pytest.raises(VaderError, match=says): check_dpo(tiny_model(), replace(config, pairs=str(clips/f'{name}.jsonl')))
+        wrong = replace(config, pairs=str(clips/f'{name}.jsonl'))
+        with pytest.raises(VaderError, match=says): check_dpo(tiny_model(), wrong)
     with pytest.raises(VaderError, match='holds 2 pairs, fewer than the 3 of a batch'):
         check_dpo(tiny_model(), replace(config, pairs=str(clips/'pairs.jsonl'), batch_size=6))
 
@@ -252,7 +256,8 @@ def test_a_model_without_a_table_of_timesteps_is_refused():
 # A run
 
 def timeless(folder):
-    return [{k: v for k, v in r.items() if k not in ('seconds', 'peak_memory')} for r in read_lines(folder/'metrics.jsonl')]
+    lines = read_lines(folder/'metrics.jsonl')
+    return [{k: v for k, v in line.items() if k not in ('seconds', 'peak_memory')} for line in lines]
 
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
@@ -284,7 +289,8 @@ def test_two_processes_are_one(tmp_path):
     two = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     list(tiny_fit(tmp_path/'one', changes=changes))
     assert two.wait() == 0, two.stderr.read()
-    for a, b in zip(timeless(tmp_path/'one'), timeless(tmp_path/'two')): assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
+    for a, b in zip(timeless(tmp_path/'one'), timeless(tmp_path/'two')):
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
 
 def test_a_process_that_would_get_one_clip_is_refused(tmp_path):
     run = tiny_trainer(tmp_path, **DPO)
