@@ -8,7 +8,7 @@ from vader_nb.pretrain.action import soft_labels
 from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import action
 from vader_nb.rewards.action import Action, action_view, find_class, load_action, near_classes, plain, resample
-from vader_nb.rewards.objects import IMAGENET_MEAN, IMAGENET_STD
+from vader_nb.rewards.views import IMAGENET_MEAN, IMAGENET_STD
 from vader_nb.world.scenes import ACTIVITIES, draw, scenes
 
 NAMES = ['riding a bike', 'playing chess', 'washing dishes', 'eating doughnuts']

@@ -8,7 +8,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionCo
 from vader_nb.core import VaderError, make_generator
 from vader_nb.rewards.base import check_reward, freeze, reward_from
 from vader_nb.rewards import aesthetic
-from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, center_crop, clip_normalise, clip_view, load_aesthetic, load_head, resize_shorter
+from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, load_aesthetic, load_head
+from vader_nb.rewards.views import center_crop, clip_normalise, clip_view, resize_shorter
 
 here = Path(__file__).parent
 golden = {k: torch.from_numpy(v) for k, v in np.load(here/'golden/aesthetic_golden.npz').items()}

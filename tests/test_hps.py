@@ -13,8 +13,10 @@ from vader_nb.memory.checkpointing import checkpoint_reward
 from vader_nb.pretrain import hps as pretrain
 from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import hps
-from vader_nb.rewards.aesthetic import clip_normalise, load_aesthetic
-from vader_nb.rewards.hps import HPS, load_hps, open_clip_ids, open_clip_net, pad_view, square_view, token_ids
+from vader_nb.rewards.aesthetic import load_aesthetic
+from vader_nb.rewards.hps import HPS, load_hps, open_clip_ids, open_clip_net, pad_view, square_view
+from vader_nb.rewards.text_match import token_ids
+from vader_nb.rewards.views import clip_normalise
 from vader_nb.world.rating import CORRUPTIONS, corrupt
 from vader_nb.world.captions import captions
 from vader_nb.world.scenes import draw, scenes

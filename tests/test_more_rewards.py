@@ -8,7 +8,7 @@ from vader_nb.core import VaderError, make_generator
 from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards.depth import Depth, correlation, depth_view, load_depth, near, world_depth
 from vader_nb.rewards.jpeg import Compressibility, block_dct, dct_matrix, luma_chroma, quality_tables, soft_round
-from vader_nb.rewards.vjepa import imagenet_normalise
+from vader_nb.rewards.views import imagenet_normalise
 from vader_nb.show import to_uint8
 from vader_nb.world.rating import CORRUPTIONS, corrupt
 from vader_nb.world.scenes import draw, scenes

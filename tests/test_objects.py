@@ -10,7 +10,8 @@ from vader_nb.core import VaderError, make_generator
 from vader_nb.pretrain.objects import Pupil, assign, average_precision, borrow, boxes, detection_loss, make_yolos, match, patch_truth, surround, targets
 from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import objects
-from vader_nb.rewards.objects import GroundingDino, ObjectRemoval, Yolos, detector_size, detector_view, hard_confidence, imagenet_normalise, load_objects, smooth_max
+from vader_nb.rewards.objects import GroundingDino, ObjectRemoval, Yolos, detector_size, detector_view, hard_confidence, load_objects, smooth_max
+from vader_nb.rewards.views import imagenet_normalise
 from vader_nb.world.scenes import draw, scenes
 
 def seeded(make):

@@ -27,7 +27,7 @@ from vader_nb.models.opensora import (
     open_stdit3,
     open_vae,
 )
-from vader_nb.models.text import drop_text_encoder, open_text, read_embeddings
+from vader_nb.nets.text import drop_text_encoder, open_text, read_embeddings
 from vader_nb.nets.opensora_vae import OpenSoraVAE, latent_frames
 from vader_nb.nets.stdit3 import STDiT3, frequencies, places, turn
 from vader_nb.rewards.base import reward_from

@@ -10,7 +10,8 @@ from vader_nb.core import VaderError, make_generator, read_json
 from vader_nb.world.judge import QUESTIONS, Judge
 from vader_nb.pretrain import aesthetic, clip, judge, modelscope, vae
 from vader_nb.pretrain.loop import lr_at, options, pretrain, write_card
-from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, clip_normalise
+from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead
+from vader_nb.rewards.views import clip_normalise
 from vader_nb.world.scenes import ANIMALS, draw, scenes
 from vader_nb.world.rating import CORRUPTIONS, rate
 from vader_nb.world.captions import parse

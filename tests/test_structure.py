@@ -54,6 +54,29 @@ def test_every_module_comes_from_one_notebook():
     assert sorted(names) == sorted(str(p.relative_to(root/'vader_nb')) for p in modules)
 
 
+def module_imports(path):
+    "Our own modules that a module of the library imports, by their full names below vader_nb."
+    package = path.relative_to(root/'vader_nb').parent.parts
+    for n in ast.walk(ast.parse(path.read_text(encoding='utf8'))):
+        if not isinstance(n, ast.ImportFrom): continue
+        above = package[:len(package) - n.level + 1] if n.level else ()
+        if n.level or (n.module or '').startswith('vader_nb'):
+            yield '.'.join([*above, *(n.module or '').removeprefix('vader_nb').strip('.').split('.')]).strip('.')
+
+SHARED = {'rewards.base', 'rewards.views', 'rewards.text_match'}
+
+def test_no_reward_needs_another_and_no_base_needs_another():
+    seen = set()
+    for path in modules:
+        kind = path.parent.name
+        if kind not in ('rewards', 'models'): continue
+        found = set(module_imports(path))
+        others = {f'{kind}.{p.stem}' for p in modules if p.parent.name == kind} - SHARED - {'models.base'}
+        assert not found & others, f'{path.name} imports {found & others}'
+        assert not any(f.startswith('models.') for f in found) or kind == 'models', f'{path.name} imports a base model'
+        seen |= found
+    assert SHARED | {'models.base'} <= seen
+
 def test_no_star_imports():
     stars = [f'{p.name}: {n.module}' for p, s in [(p, s) for p in paths for s in code(p)] + [(p, p.read_text()) for p in modules]
              for n in ast.walk(tree(s)) if isinstance(n, ast.ImportFrom) and n.names[0].name == '*']

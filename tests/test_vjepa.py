@@ -9,7 +9,8 @@ from vader_nb.core import VaderError, make_generator
 from vader_nb.nets import vjepa as nets
 from vader_nb.nets.vjepa import MASKS, VJepa, VJepaConfig, block_mask, block_size, draw_masks, half_masks, load_vjepa_net, masked_error, position_table, save_vjepa_net, stretch, take
 from vader_nb.rewards.base import check_reward, reward_gradient
-from vader_nb.rewards.vjepa import DISTURBANCES, VJepa2, VJepaReward, disturbed, imagenet_normalise, load_vjepa, vjepa_view, windows
+from vader_nb.rewards.vjepa import DISTURBANCES, VJepa2, VJepaReward, disturbed, load_vjepa, vjepa_view, windows
+from vader_nb.rewards.views import imagenet_normalise
 from vader_nb.world.scenes import draw, scenes
 from vader_nb.zoo import card, model_path
 

@@ -16,7 +16,7 @@ from vader_nb.memory.lora import add_lora, load_lora, lora_parameters
 from vader_nb.memory.checkpointing import checkpoint_activations
 from vader_nb.models import wan
 from vader_nb.nets import wan_vae
-from vader_nb.models.text import drop_text_encoder, read_embeddings
+from vader_nb.nets.text import drop_text_encoder, read_embeddings
 from vader_nb.models.wan import Wan, clean_prompt, export_lora, load_wan, open_wan
 from vader_nb.nets.wan_vae import draw_box, draw_boxes, draw_clip, middle, runs, spans
 from vader_nb.rewards.aesthetic import load_aesthetic

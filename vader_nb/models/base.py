@@ -77,8 +77,8 @@ def check_size(frames, height, width, scale):
 
 # %% ../../nbs/3_models/00_base.ipynb #0537604b
 class VideoModel:
-    """What this library knows of a base model; a subclass brings `embed`, `denoise` and `to_pixels` (or a `decode` of
-    its own).
+    """What this library knows of a base model; a subclass brings `embed` and `denoise`, and either `vae`, an image VAE
+    of diffusers, or a `decode` of its own.
     """
 
     name = 'video model'
@@ -99,7 +99,9 @@ class VideoModel:
         raise NotImplementedError  # one pass through self.denoiser, without guidance
 
     def to_pixels(self, z):
-        raise NotImplementedError  # latent frames (n,c,h,w) -> images (n,3,H,W)
+        "The VAE's picture (n,3,H,W) of each latent frame (n,c,h,w), in the number format of `z`."
+        z_in = (z / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(z_in).sample.to(z.dtype) / 2 + 0.5
 
     @property
     def device(self):

@@ -11,7 +11,7 @@ import torch
 from ..core import check, default_dtype, pick_device, pick_dtype
 from .base import VideoModel
 from ..zoo import load_net, model_path, read_part
-from .text import check_words
+from ..nets.text import embed_prompts
 
 # %% ../../nbs/3_models/02_modelscope.ipynb #6e457f33
 class ModelScope(VideoModel):
@@ -36,18 +36,11 @@ class ModelScope(VideoModel):
 
     def embed(self, prompts):
         "Token vectors `(b, tokens, width)`."
-        for p in prompts:
-            check_words(self.tokenizer, p)
-        ids = self.tokenizer(prompts, padding='max_length', return_tensors='pt').input_ids
-        return self.text_encoder(ids.to(self.text_encoder.device))[0]
+        return embed_prompts(self.text_encoder, self.tokenizer, prompts)
 
     def denoise(self, x, t, embeds):
         "The UNet's noise estimate for `x`, in the number format of `x`."
         return self.denoiser(x.to(self.dtype), t, embeds.to(self.dtype)).sample.to(x.dtype)
-
-    def to_pixels(self, z):
-        "The VAE's picture of each latent frame, in the number format of `z`."
-        return self.vae.decode((z / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.to(z.dtype) / 2 + 0.5
 
 # %% ../../nbs/3_models/02_modelscope.ipynb #d2a0711c
 def open_modelscope(

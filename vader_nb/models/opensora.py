@@ -20,13 +20,13 @@ from vader_nb.core import (
     read_json,
     reason,
 )
-from .text import check_words
+from ..nets.text import check_words
 from ..nets.opensora_vae import PIECE, OpenSoraVAE, latent_frames
 from ..nets.stdit3 import STDiT3
 from ..diffusion.samplers import RFlow
 from .base import Condition, VideoModel, check_frames, check_prompts
 from ..zoo import fill, load_net, model_path
-from .text import check_reader, drop_text_encoder, read_embeddings, open_text
+from ..nets.text import check_reader, drop_text_encoder, read_embeddings, open_text
 
 # %% ../../nbs/3_models/07_opensora.ipynb #81efb4ab
 def flow_ratio(

@@ -10,6 +10,7 @@ __all__ = ['SCHEDULE', 'UNUSED', 'FULL_VAE', 'FULL_TEXT', 'scale_table', 'add_sc
 # %% ../../nbs/3_models/04_videocrafter.ipynb #fd671ad7
 import re, zipfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -19,8 +20,8 @@ from ..diffusion.schedules import add_noise, per_sample, to_x0_eps
 from ..nets.lvdm import LVDM
 from ..diffusion.samplers import DDIM, ddim_step, schedule
 from .base import VideoModel, check_size
-from .modelscope import ModelScope, load_modelscope
-from ..zoo import check_names, model_path, shapes
+from ..nets.text import embed_prompts
+from ..zoo import check_names, load_net, model_path, read_part, shapes
 
 # %% ../../nbs/3_models/04_videocrafter.ipynb #7d520ded
 SCHEDULE = dict(
@@ -137,7 +138,6 @@ class VideoCrafter(VideoModel):
     name = 'videocrafter'
     lora_targets = ['to_q', 'to_k', 'to_v']
     checkpoint_layers = ('ResBlock', 'SpatialTransformer', 'TemporalTransformer', 'ResnetBlock2D', 'Attention')
-    to_pixels = ModelScope.to_pixels
 
     def __init__(
         self,
@@ -328,16 +328,23 @@ def open_small(
     dtype=torch.float32,
 ):
     "The small `VideoCrafter` whose denoiser lies in `folder`; raises `VaderError` if it is damaged."
+    from diffusers import AutoencoderKL
     from safetensors.torch import load_file
+    from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = Path(folder)
-    base = load_modelscope('small', device, dtype)
+    shared = model_path('modelscope')
+    vae, text_encoder = [
+        load_net(cls, shared / part, dtype).to(device).requires_grad_(False)
+        for cls, part in ((AutoencoderKL, 'vae'), (CLIPTextModel, 'text_encoder'))
+    ]
+    read = partial(embed_prompts, text_encoder, read_part(CLIPTokenizer, shared / 'tokenizer'))
     try:
         unet = LVDM(**read_json(folder / 'config.json'))
         unet.load_state_dict(load_file(folder / 'model.safetensors'))
     except Exception as e:
         raise VaderError(f'no usable LVDM in {folder} ({reason(e)[:120]}): install the package again') from e
-    return VideoCrafter(unet.to(device, dtype).eval(), base.vae, base.embed, base.native_size, fps=8)
+    return VideoCrafter(unet.to(device, dtype).eval(), vae, read, (8, 64, 64), fps=8)
 
 # %% ../../nbs/3_models/04_videocrafter.ipynb #ba9e5ad4
 def load_videocrafter(

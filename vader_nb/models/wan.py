@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..core import check, default_dtype, pick_device, pick_dtype, randn, read_json
-from .text import check_reader, check_words, read_embeddings
+from ..nets.text import check_reader, check_words, read_embeddings
 from .base import VideoModel, check_frames, check_size
 from ..zoo import load_net, model_path, read_part
 from ..nets.wan_vae import draw

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import atomic_path, from_frames, make_generator, to_frames
-from ..rewards.objects import imagenet_normalise
+from ..rewards.views import imagenet_normalise
 from ..world.scenes import ACTIVITIES, draw, scenes
 from ..world.rating import CORRUPTIONS, corrupt, corrupt_some
 from .loop import options, pretrain, write_card
@@ -303,7 +303,7 @@ ABOUT = 'A `VideoMAEForVideoClassification` that names the activity in a clip of
 def _publish(state, step, vae, a):
     "Write averaged weights as a checkpoint with its card and its processor's settings."
     from transformers import VideoMAEImageProcessor
-    from vader_nb.rewards.objects import IMAGENET_MEAN, IMAGENET_STD
+    from vader_nb.rewards.views import IMAGENET_MEAN, IMAGENET_STD
 
     net = make_videomae()
     net.load_state_dict(state)

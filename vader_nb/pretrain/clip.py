@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 import torch, torch.nn.functional as F
 from ..core import atomic_path
-from ..rewards.aesthetic import clip_normalise
+from ..rewards.views import clip_normalise
 from ..world.scenes import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, draw, scenes
 from ..world.rating import CORRUPTIONS, label, rate, corrupt_some
 from ..world.captions import captions

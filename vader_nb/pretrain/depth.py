@@ -10,7 +10,7 @@ import torch
 from ..core import atomic_path, make_generator
 from .loop import options, pretrain, write_card
 from ..rewards.depth import correlation, world_depth
-from ..rewards.vjepa import imagenet_normalise
+from ..rewards.views import imagenet_normalise
 from ..world.rating import CORRUPTIONS, corrupt, corrupt_some
 from ..world.scenes import scenes
 

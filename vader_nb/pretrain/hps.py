@@ -10,8 +10,9 @@ __all__ = ['CONFIG', 'KINDS', 'CHOICES', 'ABOUT', 'to_open_clip', 'twins', 'thro
 from dataclasses import replace
 import torch, torch.nn.functional as F
 from ..core import atomic_path, make_generator, write_json
-from ..rewards.aesthetic import clip_normalise
-from ..rewards.hps import open_clip_net, token_ids
+from ..rewards.views import clip_normalise
+from ..rewards.hps import open_clip_net
+from ..rewards.text_match import token_ids
 from ..world.scenes import ACTIVITIES, ANIMALS, COLOURS, OBJECTS, draw, scenes
 from ..world.rating import CORRUPTIONS, corrupt_some
 from ..world.captions import captions

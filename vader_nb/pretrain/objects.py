@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from ..core import atomic_path, make_generator
-from ..rewards.objects import imagenet_normalise
+from ..rewards.views import imagenet_normalise
 from ..world.scenes import OBJECTS, draw, scenes
 from ..world.rating import CORRUPTIONS, corrupt_some
 from .loop import options, pretrain, write_card

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from ..core import atomic_path, read_json, write_json
 from ..diffusion.schedules import flow_mix, flow_target
 from ..models.opensora import SMALL, OpenSora, flow_ratio, open_opensora, open_vae
-from ..models.text import open_text
+from ..nets.text import open_text
 from ..nets.stdit3 import STDiT3
 from ..diffusion.rollout import sample
 from .loop import options, pretrain, write_card

@@ -8,8 +8,8 @@ __all__ = ['TIES', 'ABOUT', 'votes', 'pick_scores', 'pick_loss', 'main']
 # %% ../../nbs/zoo/07_pickscore.ipynb #129002cf
 import torch, torch.nn.functional as F
 from ..core import atomic_path
-from ..rewards.aesthetic import clip_normalise
-from ..rewards.hps import token_ids
+from ..rewards.views import clip_normalise
+from ..rewards.text_match import token_ids
 from .hps import pair_scores, preference_loss, preferences, quality, sources
 from .loop import options, pretrain, write_card
 

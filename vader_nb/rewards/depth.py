@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from ..core import check, default_dtype, pick_device, pick_dtype
 from .base import Reward, frame_mean, freeze
-from .vjepa import imagenet_normalise
+from .views import imagenet_normalise
 from ..world.scenes import draw
 from ..zoo import load_net, model_path
 

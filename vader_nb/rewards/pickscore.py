@@ -7,8 +7,8 @@ __all__ = ['PickScore', 'load_pickscore']
 
 # %% ../../nbs/5_rewards/04_pickscore.ipynb #847ef5bc
 from ..core import default_dtype, pick_device, pick_dtype
-from .aesthetic import clip_view
-from .hps import TextMatch, token_ids
+from .text_match import TextMatch, token_ids
+from .views import clip_view
 from ..zoo import load_net, model_path, read_part
 
 # %% ../../nbs/5_rewards/04_pickscore.ipynb #25d976d1
