@@ -96,6 +96,7 @@ def _enlarged(
 def _bytes(im, kind):
     "The image as the bytes of a PNG or JPEG file."
     out = BytesIO()
+    if kind == 'PNG': im = im.quantize(256)  # a drawing has few colours
     im.save(out, kind, quality=88, optimize=True)
     return out.getvalue()
 
