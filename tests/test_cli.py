@@ -61,12 +61,12 @@ def test_other_methods(capsys, tmp_path, method, logged):
 @pytest.mark.parametrize('base', ['opensora', 'svd', 'videocrafter'])
 def test_sample_with_each_base_and_its_own_sampler(capsys, tmp_path, base):
     code, out, err = said(capsys, 'sample', '--base', base, '--sampling-steps', 2, '--out', tmp_path, '--device', 'cpu', 'a labrador playing chess')
-    assert code == 0 and out.split() == [str(tmp_path/'a-labrador-playing-chess-0.gif')], err
+    assert code == 0 and out.split() == [str(tmp_path/f'a-labrador-playing-chess-0-{base}-T2.gif')], err
 
 @pytest.mark.parametrize('args, words', [
     (['run', 'modelscope-beauty'], 'unknown experiment'), (['run', 'tiny', '--scale', 'huge'], 'unknown scale'), (['run', 'tiny', '--device', 'tpu'], 'unknown device'),
     (['run', 'tiny', '--steps', '-3'], 'steps is -3'), (['run', 'tiny', '--steps', 'many'], "invalid int value: 'many'"), (['run', 'tiny', '--precision', 'fp16', '--device', 'cpu'], 'fp16 needs a GPU'),
-    (['run', 'tiny', '--method', 'ppo'], "unknown method 'ppo'"), (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['run', 'tiny', '--tricks', 'magic'], "unknown trick 'magic'"), (['sample', '--base', 'imagen', 'x'], 'unknown base model'), (['sample', ''], 'empty'), (['sample', 'a panda ' * 9], 'shorten it'),
+    (['run', 'tiny', '--method', 'ppo'], "unknown method 'ppo'"), (['run', 'tiny', '--seed', '-1'], 'seed is -1'), (['run', 'tiny', '--tricks', 'magic'], "unknown trick 'magic'"), (['sample', '--base', 'imagen', 'x'], 'unknown base model'), (['sample', ''], 'empty'), (['sample', '\udcff'], 'not valid Unicode'), (['sample', '--lora', '', 'a panda'], 'lora is empty'), (['sample', '--base', '', 'a panda'], 'base is empty'), (['sample', '--out', '', 'a panda'], 'out is empty'), (['run', 'tiny', '--out', ''], 'out is empty'), (['eval', ''], 'run is empty'), (['sample', 'a panda', '--guidance', 'inf'], 'guidance is inf'), (['run', 'tiny', '--steps', '0'], 'steps is 0'), (['sample', 'a panda ' * 9], 'shorten it'),
     (['sample', 'a panda', '--sampling-steps', '0'], 'T is 0'), (['sample', 'a panda', '--guidance', 'nan'], 'guidance is nan'), (['sample', 'a panda', '--seed', str(2**70)], 'seed is'), (['run', 'tiny', '--seed', str(2**40)], 'seed is'), (['sample', 'a panda', '--lora', 'nowhere'], 'nowhere holds no'), (['eval', 'nowhere'], 'nowhere'),
     ([], 'required'), (['dance'], 'invalid choice')])
 def test_one_clear_line(capsys, tmp_path, monkeypatch, args, words):
@@ -96,15 +96,55 @@ def test_the_command_answers_without_torch():
     assert subprocess.run([sys.executable, '-c', run]).returncode == 0
 
 
-@pytest.mark.parametrize('a, b', [('a panda', 'a panda!'), ('a panda', 'a, panda'), ('\N{PANDA FACE}', '\N{FOX FACE}'), ('a panda ' * 30 + 'riding', 'a panda ' * 30 + 'eating'), ('a b', 'a-b'), ('\u718a\u732b' * 200, '\u718a\u732b' * 201)])
+@pytest.mark.parametrize('a, b', [('a panda', 'a panda!'), ('a panda', 'a, panda'), ('\N{PANDA FACE}', '\N{FOX FACE}'), ('a panda ' * 30 + 'riding', 'a panda ' * 30 + 'eating'), ('a b', 'a-b'), ('a b', 'a_b'), ('A panda', 'a panda'), ('stra\u00dfe', 'strasse'), ('caf\u00e9', 'cafe\u0301'), ('\u202ea', 'a'), ('a\udcff', 'a'), ('\u718a\u732b' * 200, '\u718a\u732b' * 201)])
 def test_different_prompts_have_different_files(a, b):
-    names = {clip_name(p, 0) for p in (a, b)}
+    names = {clip_name(p, 0).lower() for p in (a, b)}
     assert len(names) == 2 and all(0 < len(n.encode()) < 100 and n.strip('-') == n for n in names)
+
+def test_different_options_have_different_files():
+    how = [{}, dict(seed=1), dict(lora='runs/x/lora'), dict(lora='runs/y/lora'), dict(lora='n'*200), dict(T=2), dict(T=25), dict(guidance=2.), dict(guidance=2.5), dict(base='svd'), dict(scale='full')]
+    names = [clip_name('a panda', **dict(dict(seed=0), **h)) for h in how]
+    assert len(set(names)) == len(how) and all(len(n) < 150 for n in names)
+
+def test_a_prompt_that_comes_twice_is_sampled_once(capsys, tmp_path):
+    code, out, _ = said(capsys, 'sample', '--sampling-steps', 2, '--out', tmp_path, '--device', 'cpu', 'a panda', 'a panda')
+    assert code == 0 and len(out.splitlines()) == 1
+
+@pytest.mark.parametrize('make, words', [
+    (lambda p: p.write_text(''), 'File exists|Not a directory'), (lambda p: (p/'.trial').mkdir(parents=True), 'a folder has that name'),
+    (lambda p: p.symlink_to(p), 'symbolic links|File exists')])
+def test_a_place_for_clips_is_tried_before_sampling(capsys, tmp_path, monkeypatch, make, words):
+    import re
+    monkeypatch.setattr('vader_nb.diffusion.rollout.sample', None)
+    make(tmp_path/'clips')
+    code, _, err = said(capsys, 'sample', '--out', tmp_path/'clips', '--device', 'cpu', 'a panda')
+    err = [line for line in err.splitlines() if 'deprecated' not in line]
+    assert code == 2 and len(err) == 1 and re.search(words, err[0]), err
+
+def test_a_folder_is_not_replaced_by_a_clip(capsys, tmp_path):
+    (tmp_path/'a-panda-0-T2.gif/mine').mkdir(parents=True)
+    code, _, err = said(capsys, 'sample', '--sampling-steps', 2, '--out', tmp_path, '--device', 'cpu', 'a panda')
+    assert code == 2 and 'a folder has that name' in err and (tmp_path/'a-panda-0-T2.gif/mine').exists()
+
+def test_a_run_folder_in_place_of_its_lora(capsys, tmp_path):
+    assert said(capsys, 'run', 'tiny', '--out', tmp_path/'run', '--device', 'cpu')[0] == 0
+    code, _, err = said(capsys, 'sample', '--lora', tmp_path/'run', '--device', 'cpu', 'a panda')
+    assert code == 2 and f'its LoRA is {tmp_path/"run/lora"}' in err
+
+@pytest.mark.parametrize('rubbish', ['[]\n', '5\n', '{"a": 1}\n', '\x00\n', '{"step": "two"}\n'])
+def test_a_damaged_log_is_one_line_and_stays(capsys, tmp_path, rubbish):
+    log = tmp_path/'run/metrics.jsonl'
+    assert said(capsys, 'run', 'tiny', '--out', tmp_path/'run', '--device', 'cpu')[0] == 0
+    damaged = rubbish + log.read_text()
+    log.write_text(damaged)
+    code, _, err = said(capsys, 'run', 'tiny', '--out', tmp_path/'run', '--device', 'cpu', '--resume')
+    err = [line for line in err.splitlines() if 'deprecated' not in line]
+    assert code == 2 and len(err) == 1 and 'metrics.jsonl is damaged after step 0 of 2' in err[0] and log.read_text() == damaged
 
 def test_clips_with_and_without_a_lora_lie_side_by_side(capsys, tmp_path):
     assert said(capsys, 'run', 'tiny', '--out', tmp_path/'first', '--device', 'cpu')[0] == 0
     for lora in ([], ['--lora', tmp_path/'first/lora']): assert said(capsys, 'sample', '--sampling-steps', 2, '--out', tmp_path/'clips', '--device', 'cpu', *lora, 'a panda')[0] == 0
-    assert sorted(p.name for p in (tmp_path/'clips').glob('*.gif')) == ['a-panda-0-first.gif', 'a-panda-0.gif']
+    assert sorted(p.name for p in (tmp_path/'clips').glob('*.gif')) == ['a-panda-0-T2.gif', 'a-panda-0-first-T2.gif']
 
 def test_sampling_with_a_lora_takes_the_settings_of_its_run(capsys, tmp_path, monkeypatch):
     asked = []

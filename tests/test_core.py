@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest, torch
-from vader_nb.core import VaderError, atomic_path, check, check_device, default_dtype, from_frames, make_generator, pick_device, pick_dtype, randn, read_json, reason, suggest, swap_cf, to_frames, write_json
+from vader_nb.core import VaderError, atomic_path, check, check_device, check_writable, default_dtype, from_frames, make_generator, pick_device, pick_dtype, randn, read_json, reason, suggest, swap_cf, to_frames, write_json
 
 root = Path(__file__).resolve().parent.parent
 
@@ -99,6 +99,35 @@ def test_a_full_disk_is_one_clear_line(tmp_path, error):
     with pytest.raises(VaderError, match='No space left.*free some space') as e:
         with atomic_path(tmp_path/'a.txt') as new: new.mkdir(); raise error
     assert '\n' not in str(e.value) and names(tmp_path) == ['a.txt'] and (tmp_path/'a.txt').read_text() == 'old'
+
+
+def test_a_file_never_replaces_a_folder(tmp_path):
+    (tmp_path/'a.json'/'mine').mkdir(parents=True)
+    with pytest.raises(VaderError, match='cannot write .*a folder has that name'): write_json(tmp_path/'a.json', {})
+    assert (tmp_path/'a.json'/'mine').exists() and names(tmp_path) == ['a.json']
+
+
+@pytest.mark.parametrize('failing', [1, 2])
+def test_an_interrupt_while_folders_change_places_loses_none(tmp_path, monkeypatch, failing):
+    (tmp_path/'lora').mkdir()
+    (tmp_path/'lora'/'old').write_text('')
+    calls, replace = [], os.replace
+    def stop(a, b):
+        calls.append(a)
+        if len(calls) == failing: raise KeyboardInterrupt
+        replace(a, b)
+    monkeypatch.setattr(os, 'replace', stop)
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_path(tmp_path/'lora') as new: new.mkdir()
+    assert names(tmp_path) == ['lora'] and names(tmp_path/'lora') == ['old']
+
+
+def test_whether_a_folder_can_be_written_to_is_tried(tmp_path):
+    check_writable(tmp_path/'new'/'folder')
+    assert names(tmp_path/'new'/'folder') == []
+    (tmp_path/'file').write_text('')
+    for bad in ['file', 'file/x', 'n'*300]:
+        with pytest.raises(VaderError, match='cannot write'): check_writable(tmp_path/bad)
 
 
 def test_a_parent_that_is_a_file_is_refused(tmp_path):

@@ -21,7 +21,7 @@ def test_no_lines_yet(tmp_path):
     cut_lines(tmp_path/'metrics.jsonl', 3)
     assert read_lines(tmp_path/'metrics.jsonl') == read_lines(tmp_path/'none.jsonl') == []
 
-@pytest.mark.parametrize('rubbish', [b'{"step": 2, "rew', b'\xff\xfe', bytes(40), b'nonsense'])
+@pytest.mark.parametrize('rubbish', [b'{"step": 2, "rew', b'\xff\xfe', bytes(40), b'nonsense', b'[]', b'5', b'null', b'{"reward": 1}', b'{"step": "2"}'])
 def test_what_a_kill_left_is_ignored(tmp_path, rubbish):
     file = tmp_path/'metrics.jsonl'
     append_line(file, dict(step=1, reward=.5))

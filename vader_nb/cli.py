@@ -79,32 +79,42 @@ def _sampling_config(
     return replace(config, **{**given, 'K': 1}), base
 
 # %% ../nbs/8_results/02_cli.ipynb #507546d3
+def _file_name(text):
+    "`text` as a part of a file's name, of at most 70 bytes; different for different texts."
+    if len(text) <= 60 and re.fullmatch('[a-z0-9]+( [a-z0-9]+)*', text):
+        return text.replace(' ', '-')
+    start = re.sub(r'\W+', '-', text.lower()).encode(errors='ignore')[:60].decode(errors='ignore')
+    digits = hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]
+    return f'{start.strip("-")}-{digits}'.strip('-')
+
 def clip_name(
     prompt: str,
     seed: int,
     lora=None,  # the folder of a LoRA
+    **options,  # that were given, such as guidance=7.
 ) -> str:
-    "The name of a clip's files, without their ending; different for different prompts, seeds and runs."
-    name = re.sub(r'\W+', '-', prompt).strip('-').encode()[:60].decode(errors='ignore')
-    if name.replace('-', ' ') != prompt:
-        digits = hashlib.sha256(prompt.encode()).hexdigest()[:6]
-        name = f'{name}-{digits}'.strip('-')
-    if lora is None:
-        return f'{name}-{seed}'
-    folder = Path(lora).resolve()
-    run = folder.parent if folder.name == 'lora' else folder
-    return f'{name}-{seed}-{run.name}'
+    "The name of a clip's files, without their ending; different for different prompts, seeds, runs and options."
+    parts = [_file_name(prompt), str(seed)]
+    if lora is not None:
+        folder = Path(lora).resolve()
+        run = folder.parent if folder.name == 'lora' else folder
+        parts.append(_file_name(run.name.replace('-', ' ')))
+    for name, value in options.items():
+        parts.append(value if isinstance(value, str) else f'{name}{value:g}')
+    return '-'.join(parts)
 
 # %% ../nbs/8_results/02_cli.ipynb #e8454e1a
 def sample_prompts(
     args,  # with `prompt`, `out`, `base`, `device` and those of `_sampling_config`
 ):
     "Write a GIF and an MP4 for each prompt."
+    from vader_nb.core import check_writable
     from vader_nb.diffusion.rollout import sample
     from vader_nb.memory.lora import load_lora
     from vader_nb.show import save_gif, save_mp4
     from vader_nb.zoo import load_model
     config, base = _sampling_config(args)
+    options = _given(args, dict(base='base', scale='scale', sampling_steps='T', guidance='guidance'))
     from_a_run = config.experiment != 'custom'
     model = load_model(base, args.scale or config.scale, args.device)
     if args.lora:
@@ -112,9 +122,10 @@ def sample_prompts(
     kind = config.sampler if from_a_run else None
     size = (config.frames, config.height, config.width) if from_a_run else ()
     model.encode(args.prompt, *size)  # complains about any of them before the first is made
-    for prompt in args.prompt:
+    check_writable(args.out)
+    for prompt in dict.fromkeys(args.prompt):
         video = sample(model, [prompt], config.T, config.guidance, config.seed, kind, config.eta, size)
-        path = Path(args.out)/clip_name(prompt, config.seed, args.lora)
+        path = Path(args.out)/clip_name(prompt, config.seed, args.lora, **options)
         save_gif(video, f'{path}.gif')
         save_mp4(video, f'{path}.mp4')
         print(f'{path}.gif')
@@ -245,6 +256,12 @@ def _complain(
     return exit_code
 
 # %% ../nbs/8_results/02_cli.ipynb #db146a99
+def _check_not_empty(args):
+    "Raise `VaderError` for an option with an empty value, as an unset variable of the shell gives it."
+    from vader_nb.core import check
+    for name, value in vars(args).items():
+        check(value != '' or name == 'tricks', f'{name} is empty: give it a value, or leave it out')
+
 def main(
     args=None,  # list of words; default: the command line's
 ) -> int:       # exit code: 0 fine, 1 the system failed, 2 something the user can put right, 130 interrupted
@@ -254,9 +271,11 @@ def main(
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
+        _check_not_empty(args)
         args.function(args)
     except KeyboardInterrupt:
-        return _complain('stopped; vader run --resume goes on from the last checkpoint', 130)
+        hint = '; vader run --resume goes on from the last checkpoint' if hasattr(args, 'resume') else ''
+        return _complain(f'stopped{hint}', 130)
     except ValueError as e:
         from vader_nb.core import VaderError
         if not isinstance(e, VaderError):

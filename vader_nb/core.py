@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VaderError', 'check', 'reason', 'suggest', 'to_frames', 'from_frames', 'swap_cf', 'make_generator', 'randn',
-           'pick_device', 'check_device', 'pick_dtype', 'default_dtype', 'true_float32', 'atomic_path', 'write_json',
-           'read_json']
+           'pick_device', 'check_device', 'pick_dtype', 'default_dtype', 'true_float32', 'atomic_path',
+           'check_writable', 'write_json', 'read_json']
 
 # %% ../nbs/1_ground/00_core.ipynb #2b2254f5
 import difflib
@@ -199,7 +199,10 @@ def true_float32():
     finally: _set_float32_switches(**before)
 
 # %% ../nbs/1_ground/00_core.ipynb #2dcdef66
-_unwritable = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_unwritable = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+}
 _signs_of_a_full_disk = ['No space left', 'file write failed', 'unexpected pos']
 
 def _disk_error(
@@ -213,17 +216,23 @@ def _disk_error(
 # %% ../nbs/1_ground/00_core.ipynb #993de262
 def _remove(path):
     "Remove a file or folder, if there is one."
-    if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
-    elif path.exists(): path.unlink()
+    if os.path.isdir(path) and not os.path.islink(path): shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path): path.unlink()
 
 def _replace(
     new: Path,   # a complete file or folder
     path: Path,  # where it goes
 ):
-    "Rename `new` to `path`."
+    "Rename `new` to `path`; a file takes the place of a file, a folder that of a folder."
+    if not path.is_dir(): return os.replace(new, path)
+    if not new.is_dir(): raise IsADirectoryError(errno.EISDIR, 'a folder has that name')
     old = path.with_name(f'.old-{os.getpid()}-{path.name}')
-    if path.is_dir(): os.replace(path, old)
-    os.replace(new, path)
+    try:
+        os.replace(path, old)
+        os.replace(new, path)
+    except BaseException:  # an interrupt, too: one of both is always there
+        if old.exists() and not path.exists(): os.replace(old, path)
+        raise
     _remove(old)
 
 # %% ../nbs/1_ground/00_core.ipynb #dadb194d
@@ -243,6 +252,15 @@ def atomic_path(
         if why is None: raise
         raise VaderError(f'cannot write {path} ({why}): free some space or choose another folder') from e
     finally: _remove(new)
+
+# %% ../nbs/1_ground/00_core.ipynb #c4ec0002
+def check_writable(
+    folder,  # made if it is missing
+):
+    "Raise `VaderError` unless files can be written into `folder`."
+    trial = Path(folder)/'.trial'
+    with atomic_path(trial) as new: new.touch()
+    trial.unlink()
 
 # %% ../nbs/1_ground/00_core.ipynb #58ed879a
 def write_json(

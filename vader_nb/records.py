@@ -25,6 +25,12 @@ def append_line(
         raise VaderError(f'cannot write {path} ({e.strerror}): free some space, then go on with --resume') from None
 
 # %% ../nbs/1_ground/02_records.ipynb #6f036d45
+def _record(line):
+    "The record in a line, or None if it holds none."
+    try: record = json.loads(line)
+    except ValueError: return None
+    return record if isinstance(record, dict) and type(record.get('step')) is int else None
+
 def read_lines(
     path,
 ) -> list[dict]:
@@ -33,8 +39,9 @@ def read_lines(
     if not path.is_file(): return []
     records = []
     for line in path.read_text(encoding='utf8', errors='replace').splitlines():
-        try: records.append(json.loads(line))
-        except ValueError: break
+        record = _record(line)
+        if record is None: break
+        records.append(record)
     return records
 
 # %% ../nbs/1_ground/02_records.ipynb #d6f805ce

@@ -90,7 +90,9 @@ def sample(
         cond = model.encode(prompts, *size, generator=generator)
         x = model.noise(len(cond), *size, generator=generator)
         states = rollout(model, cond, x, model.sampler(T, **options), guidance, generator=generator)
-        return model.decode(last(states).step.x).clamp(0, 1)
+        video = model.decode(last(states).step.x)
+    check(video.isfinite().all(), f'the clips are not finite: guidance {guidance} is too high, or a weight is damaged')
+    return video.clamp(0, 1)
 
 # %% ../../nbs/4_method/02_rollout.ipynb #30a66ea7
 def _warn_if_flat(sampler):

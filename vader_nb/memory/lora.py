@@ -157,7 +157,9 @@ def load_lora(
 ) -> list:  # the trainable parameters
     "Put a saved adapter on the denoiser, ready to be trained further. Raises `VaderError` unless all of it fits."
     from peft import set_peft_model_state_dict
-    config, tensors = _read_lora(Path(folder))
+    folder = Path(folder)
+    check(not (folder/'lora').is_dir(), f'{folder} is a run folder, its LoRA is {folder/"lora"}')
+    config, tensors = _read_lora(folder)
     _check_fit(model, config, tensors, folder)
     if _is_tuned(model): model.denoiser = model.denoiser.unload()
     model.denoiser = _with_adapter(model.denoiser, config)
