@@ -6,6 +6,7 @@
 __all__ = ['Condition', 'check_prompts', 'check_frames', 'check_size', 'VideoModel']
 
 # %% ../../nbs/3_models/00_base.ipynb #22fccea3
+import re
 from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
@@ -53,6 +54,7 @@ def check_prompts(prompts):
     check(prompts, 'no prompt was given: ask for at least one clip')
     for p in prompts:
         check(isinstance(p, str) and p.strip(), f'a prompt must be a text that is not empty, got {p!r}')
+        check(not re.search('[\ud800-\udfff]', p), f'the prompt {p!r} is not valid Unicode: write it again in UTF-8')
     return prompts
 
 # %% ../../nbs/3_models/00_base.ipynb #31a3c5e2

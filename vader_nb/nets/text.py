@@ -17,7 +17,7 @@ def check_words(
     prompt: str,
 ):
     "Raise `VaderError` if `prompt` is too long for `tokenizer` or has a word that it does not know."
-    n = len(tokenizer(prompt).input_ids)
+    n = len(tokenizer(prompt, verbose=False).input_ids)
     most = tokenizer.model_max_length
     check(
         n <= most,
