@@ -1,9 +1,15 @@
 "06_video_model: the contract, on a model small enough to see through."
+import copy
+
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from vader_nb.core import VaderError, make_generator
-from vader_nb.models.base import VideoModel, check_frames, check_prompts, check_size
+from vader_nb.models.base import (
+    TemporalConv, VideoModel, check_frames, check_prompts, check_size, with_fast_convolutions,
+)
+from vader_nb.zoo import load_model
 
 
 class Net(nn.Module):
@@ -136,3 +142,44 @@ def test_inputs_that_do_not_fit(model):
     with pytest.raises(VaderError, match='5 axes'): model.predict(x, 1, c, torch.tensor([2., 3.]))
     with pytest.raises(VaderError, match='meta'): model.predict(x.to('meta'), 1, c)
     with pytest.raises(VaderError, match='meta'): model.predict(x, 1, c.to('meta'))
+
+
+@pytest.mark.parametrize('kind', [
+    dict(kernel_size=(3, 1, 1), padding=(1, 0, 0)),
+    dict(kernel_size=(3, 1, 1), padding=(1, 0, 0), stride=(2, 1, 1), bias=False),
+    dict(kernel_size=(3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1), groups=2),
+    dict(kernel_size=1)])
+def test_a_convolution_along_time_is_one_of_pictures(kind):
+    torch.manual_seed(0)
+    slow = torch.nn.Conv3d(4, 6, **kind)
+    fast = with_fast_convolutions(copy.deepcopy(slow))
+    assert type(fast) is TemporalConv and fast.state_dict().keys() == slow.state_dict().keys()
+    x = torch.randn(2, 5, 4, 3, 7).transpose(1, 2)  # as diffusers hands it over: not contiguous
+    results = []
+    for conv in (slow, fast):
+        v = x.clone().requires_grad_()
+        y = conv(v)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [v, *conv.parameters()])])
+    for a, b in zip(*results): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [dict(kernel_size=3), dict(kernel_size=(3, 1, 1), stride=2), dict(kernel_size=(3, 1, 1), padding=1),
+                                  dict(kernel_size=(3, 1, 1), padding='same'),
+                                  dict(kernel_size=(3, 1, 1), padding=(1, 0, 0), padding_mode='replicate')])
+def test_other_convolutions_stay(kind):
+    assert type(with_fast_convolutions(torch.nn.Conv3d(4, 4, **kind))) is torch.nn.Conv3d
+
+
+@pytest.mark.parametrize('name', ['modelscope', 'videocrafter', 'svd'])
+def test_a_base_with_fast_convolutions_is_the_same_model(name):
+    model = load_model(name, 'small', device='cpu')
+    x = model.noise(1, generator=make_generator(0))
+    prompts = [Image.new('RGB', (64, 64), 'orange')] if name == 'svd' else ['a panda riding a bike']
+    cond = model.encode(prompts)
+    fast = [m for net in (model.denoiser, model.vae) for m in net.modules() if type(m) is TemporalConv]
+    with torch.no_grad():
+        ours = [model.predict(x, 1, cond), model.decode(x)]
+        for m in fast: m.__class__ = torch.nn.Conv3d
+        theirs = [model.predict(x, 1, cond), model.decode(x)]
+    assert fast
+    for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)

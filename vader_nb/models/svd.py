@@ -23,7 +23,7 @@ from vader_nb.core import (
     swap_cf,
     to_frames,
 )
-from .base import Condition, VideoModel, check_frames
+from .base import Condition, VideoModel, check_frames, with_fast_convolutions
 from ..zoo import load_net, model_path, read_part
 
 # %% ../../nbs/3_models/08_svd.ipynb #13f4eb38
@@ -189,7 +189,7 @@ class SVD(VideoModel):
         chunk=None,  # frames that are decoded together; None: all
     ):
         super().__init__(unet.requires_grad_(False), scheduler)
-        self.vae = vae.requires_grad_(False)
+        self.vae = with_fast_convolutions(vae.requires_grad_(False))
         self.image_encoder = image_encoder.requires_grad_(False)
         if vae.config.force_upcast:
             vae.encoder.float(), vae.quant_conv.float()
