@@ -115,6 +115,64 @@ def test_kinds_of_images_are_the_same_image(model, tmp_path):
     assert all(torch.allclose(c, conds[0], atol=1e-5) for c in conds)
 
 
+def saved(picture, file, **how):
+    "The picture, written to a file and read again."
+    picture.save(file, **how)
+    return np.asarray(open_image(file)).astype(int)
+
+def test_pictures_of_every_mode(tmp_path):
+    "Each looks as a viewer shows it: upright, 16 bits as 8, white where it is transparent, the first of several frames."
+    colours = np.zeros((6, 8, 3), np.uint8)
+    colours[:3], colours[3:] = (200, 40, 90), (10, 220, 60)
+    rgb = Image.fromarray(colours)
+    grey = np.asarray(rgb.convert('L')).astype(int)[..., None]
+    hole = np.dstack([colours, np.full((6, 8), 255, np.uint8)])
+    hole[3:, :, 3] = 0
+    white = colours.astype(int)
+    white[3:] = 255
+    deep = Image.fromarray((np.asarray(rgb.convert('L')).astype(np.uint16) * 257))
+    tilted = Image.Exif()
+    tilted[274] = 6  # turned by a quarter
+    half = Image.fromarray(hole).convert('P')
+    half.info['transparency'] = half.getpixel((0, 5))
+    got = {
+        'rgb': (saved(rgb, tmp_path/'rgb.png'), colours),
+        'grey': (saved(rgb.convert('L'), tmp_path/'l.png'), grey),
+        '16 bit': (saved(deep, tmp_path/'deep.png'), grey),
+        'transparent': (saved(Image.fromarray(hole), tmp_path/'rgba.png'), white),
+        'grey, transparent': (saved(Image.fromarray(hole).convert('LA'), tmp_path/'la.png')[3:], white[3:]),
+        'palette': (saved(rgb.quantize(8), tmp_path/'p.png'), colours),
+        'black and white': (saved(rgb.convert('1'), tmp_path/'1.png'), np.asarray(rgb.convert('1'))[..., None] * 255),
+        'CMYK': (saved(rgb.convert('CMYK'), tmp_path/'cmyk.tif'), colours),
+        'animated': (saved(rgb, tmp_path/'a.gif', save_all=True, append_images=[Image.new('RGB', (8, 6))]), colours),
+        'turned': (saved(rgb, tmp_path/'t.png', exif=tilted), np.rot90(colours, -1)),
+        'turned, not a file': (np.asarray(get_image(Image.open(tmp_path/'t.png'), 8, 8)).astype(int), np.rot90(colours, -1)),
+    }
+    for name, (seen, right) in got.items(): assert np.abs(seen - right).max() < 4, name
+
+def test_a_file_that_is_written_again_is_read_again(model, tmp_path):
+    latents = []
+    for colour in ('red', 'blue', 'blue'):
+        Image.new('RGB', (40, 32), colour).save(tmp_path/'dog.png')
+        latents.append(model.encode(str(tmp_path/'dog.png'), noise=0.).extra['image'])
+    assert not torch.allclose(latents[0], latents[1]) and torch.equal(latents[1], latents[2])
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 40), (40, 1)])
+def test_a_start_image_of_one_pixel(model, size, tmp_path):
+    Image.new('RGB', size).save(tmp_path/'a.png')
+    for image in (Image.new('RGB', size), tmp_path/'a.png'):
+        with pytest.raises(VaderError, match='needs 2x2 pixels or more'): model.encode(image)
+
+def test_damaged_files(model, tmp_path):
+    photo(CAPTIONS[0], 32, 40).save(tmp_path/'whole.png')
+    (tmp_path/'cut.png').write_bytes((tmp_path/'whole.png').read_bytes()[:-200])
+    (tmp_path/'empty.jpg').write_bytes(b'')
+    Image.new('F', (40, 32)).save(tmp_path/'float.tif')
+    for name, words in [('cut.png', 'can be read'), ('empty.jpg', 'can be read'), ('float.tif', 'floating-point'), ('', 'no image file'), ('\x00.png', 'no image file'), ('n'*300 + '.png', 'no image file')]:
+        with pytest.raises(VaderError, match=words) as e: model.encode(str(tmp_path/name))
+        assert '\n' not in str(e.value)
+
+
 def test_start_images_show_what_the_caption_says():
     a, b, c = (start_image(f'a maltese playing chess{n}', 64, 64) for n in ('', ' (0)', ' (1)'))
     assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 64, 64) and 0 <= a.min() and a.max() <= 1
@@ -137,7 +195,7 @@ def test_a_file_that_is_no_image(model, tmp_path):
     with pytest.raises(VaderError, match='no image that can be read'): model.encode(tmp_path/'dog.png')
 
 
-@pytest.mark.parametrize('how, words', [(dict(height=36), 'multiples of 8'), (dict(frames=0), '1 frame'), (dict(fps=0), 'fps is 0'), (dict(motion=300), 'motion 300'), (dict(noise=-1.), 'noise -1')])
+@pytest.mark.parametrize('how, words', [(dict(height=36), 'multiples of 8'), (dict(frames=0), '1 frame'), (dict(fps=0), 'fps is 0'), (dict(fps=float('inf')), 'fps is inf'), (dict(fps=float('nan')), 'fps is nan'), (dict(noise=float('inf')), 'noise inf'), (dict(motion=float('nan')), 'motion nan'), (dict(motion=300), 'motion 300'), (dict(noise=-1.), 'noise -1')])
 def test_bad_sizes_and_numbers(model, how, words):
     with pytest.raises(VaderError, match=words): model.encode(CAPTIONS, **how)
 
