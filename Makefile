@@ -10,7 +10,7 @@ TORCH ?= auto
 cpu_torch := --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 15 --quiet
 as_root := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help demo test lab readme hooks clean
+.PHONY: help demo test test-lowest lab readme hooks clean
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
@@ -20,6 +20,12 @@ demo: .venv/installed  ## align the small ModelScope with the aesthetic reward (
 test: .venv/developer  ## the export check, all notebooks and all tests
 	OMP_NUM_THREADS=1 $(bin)/pytest tests
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(bin)/nbdev_test --n_workers 2 --timing
+
+test-lowest: .venv  ## the tests with the lowest versions that settings.ini allows, in an environment of its own (6 GB)
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/python -m uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests
 
 lab: .venv/developer  ## open the notebooks in JupyterLab, which sees runs/ too
 	$(bin)/jupyter lab $(as_root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
@@ -32,7 +38,7 @@ hooks: .venv/developer  ## keep notebooks clean in git: clean on save, merge by 
 	$(bin)/nbdev_install_hooks
 
 clean:  ## remove the environment and what builds left behind
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-lowest build dist *.egg-info
 
 # Stamps: pip runs again only when what it installs has changed.
 .venv/installed: $(sources) | .venv/torch

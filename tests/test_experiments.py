@@ -110,3 +110,9 @@ def test_runs_lie_in_one_place_and_are_never_mixed(tmp_path, monkeypatch):
     assert fresh_folder(config).name == 'modelscope-aesthetic-small-3-3'
     ddpo = experiment_config('modelscope-aesthetic', method='ddpo', seed=3)
     assert default_folder(ddpo).name == 'modelscope-aesthetic-ddpo-small-3'
+
+
+def test_what_macos_leaves_beside_an_image_is_none(tmp_path):
+    from vader_nb.experiments.prompts import image_files
+    for name in ['dog.JPG', '._dog.JPG', '.hidden.png', 'notes.txt']: (tmp_path/name).write_bytes(b'')
+    assert image_files(tmp_path) == [str(tmp_path/'dog.JPG')]

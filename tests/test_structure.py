@@ -316,6 +316,21 @@ def test_settings_name_the_packages_the_code_imports():
     assert missing <= {'vader_nb', 'bitsandbytes'}   # the latter, for 8-bit Adam, only where a user has installed it
 
 
+def test_the_makefile_asks_for_the_torch_of_the_settings():
+    ini = ConfigParser(delimiters=['='])
+    ini.read(root/'settings.ini')
+    torch = [r for r in ini['DEFAULT']['requirements'].split() if re.match('torch(vision)?[<>=]', r)]
+    assert len(torch) == 2 and ' '.join(f"'{r}'" for r in torch) in (root/'Makefile').read_text()
+
+
+def test_python_3_10_can_read_the_code():
+    "And knows what it calls: what came with 3.11 shows only when it runs."
+    subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'F821', '--target-version', 'py310', root/'vader_nb', root/'tools'], check=True)
+    newer = r'catch_warnings\(.+\)|import tomllib|from typing import (Self|assert_never)|ExceptionGroup|\.add_note\(|datetime\.UTC|itertools\.batched|contextlib\.chdir|StrEnum'
+    found = [f'{p.name}: {m[0]}' for p in modules + sorted((root/'tools').glob('*.py')) for m in re.finditer(newer, p.read_text(encoding='utf8'))]
+    assert not found
+
+
 def test_the_first_page_is_a_hundred_lines_of_plain_pytorch():
     path = root/'nbs/0_start/00_vader.ipynb'
     cells = [s for s in code(path) if '#| hide' not in s]

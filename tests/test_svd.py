@@ -8,7 +8,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora
 from vader_nb.models import svd
-from vader_nb.models.svd import SVD, guidance_ramp, load_svd, open_svd
+from vader_nb.models.svd import SVD, get_image, guidance_ramp, load_svd, open_image, open_svd
 from vader_nb.world.captions import start_image
 from vader_nb.rewards.base import reward_from
 from vader_nb.diffusion.rollout import differentiable_latents, last, rollout, sample

@@ -42,6 +42,8 @@ def rollout(
     for i, t in enumerate(sampler.timesteps):
         noise = randn(x.shape, generator, x.device, x.dtype) if sampler.stochastic else None
         keeps_graph = torch.is_grad_enabled() and i >= T - K
+        if keeps_graph:
+            torch.clear_autocast_cache()  # up to torch 2.7 it hands weights on that the steps before cast without a graph
         with torch.set_grad_enabled(keeps_graph):
             pred = model.predict(sampler.scale_input(x, i), t, cond, guidance)
             step = sampler.step(i, x, pred, noise, step)

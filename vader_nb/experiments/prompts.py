@@ -185,7 +185,8 @@ def image_files(
     folder,
 ):  # -> list of paths, sorted
     "The image files in a folder; raises `VaderError` if there are none."
-    files = sorted(str(f) for f in Path(folder).glob('*') if f.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp'))
+    seen = [f for f in Path(folder).glob('*') if not f.name.startswith('.')]  # macOS leaves ._x.jpg beside x.jpg
+    files = sorted(str(f) for f in seen if f.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp'))
     check(files, f'no PNG, JPEG or WebP file in {folder}: put start images there')
     return files
 

@@ -253,5 +253,6 @@ def simulate(
         torch.autograd.backward(-judge(video_of(model, config, rounds), [PROMPT], make_generator(0)).mean())
         optimizer.step()
 
-    with warnings.catch_warnings(action='ignore'):
+    with warnings.catch_warnings():  # Python 3.10 takes no action here
+        warnings.simplefilter('ignore')
         return measure(step, model, judge, optimizer, dtype)  # two steps make a poor sampler, but need as much
