@@ -1,5 +1,5 @@
 "The shape of the project: the order of notebooks, light imports, a wheel that works, notebooks fit to be read."
-import ast, json, os, re, shutil, subprocess, sys, zipfile
+import ast, json, os, re, shlex, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
@@ -241,6 +241,26 @@ def test_every_link_leads_somewhere(path):
         elif anchor and place.suffix == '.ipynb' and anchor not in headings(place): broken.append(f'{target}#{anchor}')
     assert not broken
 
+
+def shown(path):
+    "Lines of code in a page's Markdown: indented, in a fence, or as a word of the text."
+    text = path.read_text(encoding='utf8') if path.suffix == '.md' else '\n'.join(''.join(c['source']) for c in read(path)['cells'] if c['cell_type'] == 'markdown')
+    return re.findall(r'^ {4,}(\S.*)$', text, re.M) + re.findall(r'`([^`\n]+)`', text) + [l for f in re.findall(r'```\w*\n(.*?)```', text, re.S) for l in f.split('\n')]
+
+@pytest.mark.parametrize('path', pages, ids=[str(p.relative_to(root)) for p in pages])
+def test_code_in_the_text_names_what_exists(path):
+    "Imports can be made, and `vader ...` is a command that the parser takes."
+    from importlib import import_module
+    from vader_nb.cli import make_parser
+    for line in shown(path):
+        if m := re.match(r'from (vader_nb[.\w]*) import ([\w, ]+)$', line):
+            missing = [n for n in re.split(r',\s*', m[2]) if not hasattr(import_module(m[1]), n)]
+            assert not missing, f'{line}: no {missing}'
+        words = line.split(' #')[0].split()
+        whole = len(words) > 2 and not words[-1].startswith('--')  # or else a command is only mentioned
+        if words[:1] == ['vader'] and whole and '...' not in line and not re.search(r'\b[A-Z]{3,}\b|[|\[<]', line):
+            make_parser().parse_args(shlex.split(' '.join(words[1:])))
+        if m := re.match(r'(?:nice )?python -m (vader_nb[.\w]+)', line): import_module(m[1])
 
 def test_contents_are_up_to_date():
     sys.path.insert(0, str(root/'tools'))
