@@ -135,3 +135,10 @@ def test_small_classifier_knows_what_is_done():
 @small
 def test_small_classifier_passes_the_contract():
     check_reward(load_action(), draw(scenes(2, 5, 'any', activity=['riding a bike', 'standing still'])), ['a fox eating a donut', 'a fox riding a bike'])
+
+
+@pytest.mark.parametrize('asked', ['passing American football (in game)', 'passing American football (not in game)'])
+def test_a_class_with_brackets_can_be_asked_for(asked):
+    names = ['passing American football (in game)', 'passing American football (not in game)', 'riding a bike']
+    assert find_class(asked, names) == find_class(f'a man {asked.lower()}', names) == asked
+    with pytest.raises(VaderError, match='names 2 actions'): find_class('passing American football', names)

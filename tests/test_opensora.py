@@ -18,6 +18,7 @@ from vader_nb.memory.lora import add_lora
 from vader_nb.memory.checkpointing import checkpoint_activations
 from vader_nb.models import opensora
 from vader_nb.models.opensora import (
+    check_cleaned,
     OpenSora,
     clean_text,
     flow_ratio,
@@ -460,3 +461,12 @@ def test_the_shipped_one_samples():
     assert video.shape == (1, 17, 3, 64, 64) and video.std() > .02
     x = torch.randn(1, 4, 17, 4, 4, generator=make_generator(0))
     assert torch.isfinite(model.vae.temporal_vae.encode(x)).all() and (model.vae.scale > 0).all()
+
+
+@pytest.mark.parametrize('prompt, words', [('\u718a\u732b', 'write it in English'), ('a \u718a\u732b riding a bike', 'write it in English'), ('<panda>', 'for markup'), ('http://www.x.com', 'for markup')])
+def test_cleaning_takes_nothing_away_in_silence(prompt, words):
+    with pytest.raises(VaderError, match=words) as e: check_cleaned(prompt)
+    assert '\n' not in str(e.value)
+
+def test_cleaning_leaves_what_people_write():
+    for prompt in ['', 'a panda', 'A panda, riding a bike!', 'caf\u00e9 at night', 'see https://a.b/c a panda']: check_cleaned(prompt)

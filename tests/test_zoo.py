@@ -1,4 +1,5 @@
 "The zoo: names, friendly errors where weights cannot be had, and the small checkpoints that the package ships."
+import re
 import subprocess, sys
 from pkgutil import resolve_name
 
@@ -8,6 +9,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from vader_nb.experiments.registry import EXPERIMENTS
+from vader_nb.world.captions import check_vocabulary
 from vader_nb.core import VaderError, read_json
 from vader_nb.zoo import CHECKPOINTS, MODELS, REWARDS, Checkpoint, card, load_model, load_net, load_reward, model_path, parameters
 
@@ -159,3 +162,17 @@ def test_a_missing_shard_is_named(tmp_path):
     next(tmp_path.glob('*00002-of*')).unlink()
     with pytest.raises(VaderError, match='no usable UNet2DModel in') as e: load_net(UNet2DModel, tmp_path)
     assert '\n' not in str(e.value)
+
+
+# Words that a small model does not know
+
+@pytest.mark.parametrize('name', ['modelscope', 'videocrafter', 'opensora', 'svd'])
+def test_a_small_model_draws_nothing_else_for_an_unknown_word(name):
+    model = load_model(name, 'small', 'cpu')
+    for prompt, word in [('a pandda riding a bike', "'pandda'.*'panda'"), ('a zebra playing chess', 'zebra'), ('two pandas', "'two'"), ('a panda riding a horse', 'horse')]:
+        with pytest.raises(VaderError, match=word) as e: model.encode(['a panda riding a bike', prompt])
+        assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('name', sorted(EXPERIMENTS))
+def test_the_small_models_know_the_words_of_the_experiments(name):
+    for prompts in EXPERIMENTS[name].prompts('small'): check_vocabulary([re.sub(r' \(\d+\)$', '', p) for p in prompts])

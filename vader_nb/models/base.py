@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from ..core import check, from_frames, randn, swap_cf, to_frames
 from ..diffusion.samplers import sampler_from_config
+from ..world.captions import check_vocabulary
 
 # %% ../../nbs/3_models/00_base.ipynb #6ab5094f
 @dataclass
@@ -124,6 +125,7 @@ class VideoModel:
     checkpoint_layers = ()  # classes of the layers of denoiser and VAE that are recomputed one by one, see `Config.tricks`
     latent_channels, vae_scale = 4, 8  # channels of a latent; pixels per latent along height and width
     native_size = 8, 64, 64  # frames, height, width of a clip where none are asked for
+    vocabulary = None  # the words that a small model knows; None where any may be said
 
     def __init__(self, denoiser, scheduler):
         self.denoiser = with_fast_convolutions(denoiser)
@@ -169,6 +171,8 @@ def noise(self: VideoModel, n, frames=None, height=None, width=None, generator=N
 def embeds(self: VideoModel, prompts):
     "Embeddings of `prompts`, each read once only: the text encoder is frozen."
     new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+    if self.vocabulary:
+        check_vocabulary(new, self.vocabulary)
     if new:
         with torch.no_grad():
             self.cache.update(zip(new, self.embed(new)))

@@ -12,6 +12,7 @@ from ..core import check, default_dtype, pick_device, pick_dtype
 from .base import VideoModel
 from ..zoo import load_net, model_path, read_part
 from ..nets.text import embed_prompts
+from ..world.captions import WORDS
 
 # %% ../../nbs/3_models/02_modelscope.ipynb #6e457f33
 class ModelScope(VideoModel):
@@ -74,4 +75,6 @@ def load_modelscope(
     "The ModelScope of that scale; raises `VaderError` where it cannot be had."
     folder = model_path('modelscope', scale)
     device = pick_device(device)
-    return open_modelscope(folder, device, pick_dtype(dtype or default_dtype(scale, device)), native_sizes[scale])
+    model = open_modelscope(folder, device, pick_dtype(dtype or default_dtype(scale, device)), native_sizes[scale])
+    model.vocabulary = WORDS if scale == 'small' else None
+    return model

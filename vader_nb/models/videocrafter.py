@@ -22,6 +22,7 @@ from ..diffusion.samplers import DDIM, ddim_step, schedule
 from .base import VideoModel, check_size
 from ..nets.text import embed_prompts
 from ..zoo import check_names, load_net, model_path, read_part, shapes
+from ..world.captions import WORDS
 
 # %% ../../nbs/3_models/04_videocrafter.ipynb #7d520ded
 SCHEDULE = dict(
@@ -357,5 +358,7 @@ def load_videocrafter(
     device = pick_device(device)
     dtype = pick_dtype(dtype or default_dtype(scale, device))
     if scale == 'small':
-        return open_small(folder, device, dtype)
+        model = open_small(folder, device, dtype)
+        model.vocabulary = WORDS
+        return model
     return open_videocrafter(folder / 'model.ckpt', *full_parts(), device, dtype)

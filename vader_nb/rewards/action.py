@@ -75,6 +75,8 @@ def find_class(
         f'{prompt!r} names no action that the classifier knows: say it as in '
         f'{", ".join(map(repr, near_classes(prompt, names)))}',
     )
+    if len(named) > 1:  # classes that differ in their brackets alone
+        named = [n for n in named if n.lower() in prompt.lower()] or named
     check(len(named) == 1, f'{prompt!r} names {len(named)} actions, {" and ".join(named)}: ask for one')
     return named[0]
 

@@ -160,8 +160,9 @@ def start_image(
     width,
 ):
     "The first frame of a dull scene that `prompt` describes, (3, h, w) in [0, 1]: the same words, the same frame."
-    asked = parse(prompt)
     number = re.search(r'\((\d+)\)$', prompt)
+    check_vocabulary([re.sub(r'\(\d+\)$', '', prompt)])
+    asked = parse(prompt)
     given = {k: v for k, v in asked.items() if v >= 0}
     scene = scenes(1, int(number[1]) if number else 0, **{'obj': 0, 'hat': 0, **given})
     return draw(scene, 1, height, width)[0, 0]
