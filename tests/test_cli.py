@@ -58,6 +58,18 @@ def test_other_methods(capsys, tmp_path, method, logged):
     assert code == 2 and 'belongs to another run' in err
     assert said(capsys, 'eval', run, '--device', 'cpu')[0] == 0
 
+def test_a_comparison(capsys, tmp_path, monkeypatch):
+    from vader_nb.experiments import comparison
+    few = comparison.Comparison('', '', ['tiny'], {'vader': ('vader', {})}, queries=2, seeds=2, points=1)
+    monkeypatch.setitem(comparison.COMPARISONS, 'few', few)
+    monkeypatch.setattr(comparison, 'judge_clips', lambda video, prompts: {})
+    code, out, err = said(capsys, 'run', 'few', '--out', tmp_path, '--device', 'cpu')
+    assert code == 0 and 'tiny-vader-small-1: step 1, 2 rewards' in out, err
+    assert (tmp_path/'tiny-vader-small-0/final.json').exists()
+    assert 'step' not in said(capsys, 'run', 'few', '--out', tmp_path, '--device', 'cpu')[1], 'all is done'
+    code, _, err = said(capsys, 'run', 'few', '--steps', 3)
+    assert code == 2 and 'leave out --method, --seed and --steps' in err
+
 @pytest.mark.parametrize('base', ['opensora', 'svd', 'videocrafter'])
 def test_sample_with_each_base_and_its_own_sampler(capsys, tmp_path, base):
     code, out, err = said(capsys, 'sample', '--base', base, '--sampling-steps', 2, '--out', tmp_path, '--device', 'cpu', 'a labrador playing chess')
