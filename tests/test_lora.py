@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_models import Tiny, cond, gradient, pretend_training
 from vader_nb.core import VaderError, make_generator
-from vader_nb.memory.lora import add_lora, load_lora, lora_off, lora_parameters, save_lora
+from vader_nb.memory.lora import MergedLora, add_lora, load_lora, lora_off, lora_parameters, save_lora
 
 @pytest.fixture
 def model(): return Tiny()
@@ -189,3 +189,39 @@ def test_loading_draws_no_random_numbers(model, tmp_path):
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), drawn)
+
+
+def weights_of(model): return {n: p.clone() for n, p in model.denoiser.named_parameters()}
+
+@torch.no_grad()
+@pytest.mark.parametrize('dora', [False, True])
+def test_a_merged_lora_predicts_the_same_and_leaves_no_trace(model, x, dora):
+    add_lora(model, rank=4, alpha=2)
+    if dora:
+        from peft import LoraConfig, get_peft_model
+        model = Tiny()
+        model.denoiser = get_peft_model(model.denoiser, LoraConfig(r=4, target_modules=model.lora_targets, use_dora=True)).eval()
+    pretend_training(model)
+    before, want = weights_of(model), model.predict(x, 500, cond)
+    merged, calls = MergedLora(model), []
+    watch = [m.register_forward_hook(lambda *a: calls.append(1)) for n, m in model.denoiser.named_modules() if n.endswith('lora_A.default')]
+    for _ in range(3):
+        with merged(): assert torch.allclose(model.predict(x, 500, cond), want, atol=1e-5)
+    assert watch and len(merged.layers) == len(watch) and not calls
+    assert torch.equal(model.predict(x, 500, cond), want) and calls
+    after = weights_of(model)
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    with pytest.raises(RuntimeError), merged(): raise RuntimeError
+    assert torch.equal(model.predict(x, 500, cond), want)
+
+@torch.no_grad()
+def test_what_is_off_or_in_half_precision_is_not_merged(model, x):
+    assert not MergedLora(model).layers
+    add_lora(model, rank=4, alpha=2)
+    pretend_training(model)
+    with lora_off(model):
+        base = model.predict(x, 500, cond)
+        with MergedLora(model)(): assert torch.equal(model.predict(x, 500, cond), base)
+    with torch.autocast('cpu', torch.bfloat16): assert not MergedLora(model).layers
+    model.denoiser.bfloat16()
+    assert not MergedLora(model).layers

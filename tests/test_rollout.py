@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 from vader_nb.core import VaderError, make_generator
-from vader_nb.memory.lora import saved_bytes
+from tiny_models import Tiny, cond as tiny_cond, pretend_training
+from vader_nb.memory.lora import MergedLora, add_lora, lora_parameters, saved_bytes
 from vader_nb.diffusion.rollout import differentiable_latents, eval_mode, last, rollout, sample
 from vader_nb.diffusion.samplers import sampler_from_config
 from vader_nb.models.base import VideoModel
@@ -195,3 +196,43 @@ def test_warns_where_the_last_step_passes_nothing_on(model):
         warnings.simplefilter('error')
         differentiable_latents(model, cond, x, model.sampler(T), 1.)
         differentiable_latents(model, cond, x, flat, 1., 3, 'x0', make_generator(0))
+
+
+def tuned():
+    model = Tiny()
+    add_lora(model, rank=4, alpha=4)
+    pretend_training(model)
+    return model, torch.randn(2, 4, 3, 8, 8, generator=make_generator(0))
+
+
+@pytest.mark.parametrize('K', [0, 1, 3])
+def test_merging_lora_changes_the_rounding_alone(K):
+    model, x = tuned()
+    ends = [last(rollout(model, tiny_cond, x, model.sampler(3), 2., K, merge=merge)).step.x for merge in (False, True)]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
+    if K:
+        grads = [torch.cat([g.flatten() for g in torch.autograd.grad(end.square().mean(), lora_parameters(model))]) for end in ends]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4 * grads[0].abs().max().item())
+
+
+def test_only_steps_without_a_graph_are_merged_and_nobody_sees_it():
+    model, x = tuned()
+    layer = next(m for m in model.denoiser.modules() if hasattr(m, 'lora_A'))
+    weight, during = layer.get_base_layer().weight.clone(), []
+    layer.register_forward_hook(lambda *a: during.append(layer.merged))
+    for _ in rollout(model, tiny_cond, x, model.sampler(3), 2., 1, merge=True):
+        assert not layer.merged and torch.equal(layer.get_base_layer().weight, weight)
+    assert during == [True, True, False]
+    during.clear()
+    list(rollout(model, tiny_cond, x, model.sampler(2), 2.))
+    assert during == [False, False]
+
+
+def test_the_copies_are_gone_before_the_first_step_with_a_graph():
+    model, x = tuned()
+    states = rollout(model, tiny_cond, x, model.sampler(3), 2., 1, merge=True)
+    alive = []
+    for _ in states:
+        gc.collect()
+        alive.append(sum(isinstance(o, MergedLora) for o in gc.get_objects()))
+    assert alive == [1, 1, 0]

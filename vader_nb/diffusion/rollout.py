@@ -7,10 +7,11 @@ __all__ = ['State', 'rollout', 'eval_mode', 'last', 'sample', 'differentiable_la
 
 # %% ../../nbs/4_method/02_rollout.ipynb #98f0301f
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 import torch
 from ..core import check, make_generator, randn
+from ..memory.lora import MergedLora
 from .samplers import Step, gradient_factor
 
 # %% ../../nbs/4_method/02_rollout.ipynb #070a374b
@@ -32,6 +33,7 @@ def rollout(
     guidance=1.,     # classifier-free guidance scale; 1 is none
     K=0,             # how many of the last steps keep a graph; none by default
     generator=None,  # draws the noise of stochastic samplers
+    merge=False,     # merge LoRA into copies of the weights for the steps without a graph? quicker, rounded otherwise
 ):  # -> generator of `State`
     "Sample step by step, yielding a `State` after each. Raises `VaderError` unless K lies in 0..T."
     T = len(sampler)
@@ -39,12 +41,14 @@ def rollout(
           f'K is {K}, but with T = {T} steps it must be a whole number from 0 to {T}')
     x = x * sampler.init_sigma
     step = None
+    merged = MergedLora(model) if merge else nullcontext
     for i, t in enumerate(sampler.timesteps):
         noise = randn(x.shape, generator, x.device, x.dtype) if sampler.stochastic else None
         keeps_graph = torch.is_grad_enabled() and i >= T - K
         if keeps_graph:
+            merged = nullcontext  # the copies are not needed any more
             torch.clear_autocast_cache()  # up to torch 2.7 it hands weights on that the steps before cast without a graph
-        with torch.set_grad_enabled(keeps_graph):
+        with torch.set_grad_enabled(keeps_graph), merged():
             pred = model.predict(sampler.scale_input(x, i), t, cond, guidance)
             step = sampler.step(i, x, pred, noise, step)
         yield State(i, t, x, pred, step)
@@ -91,7 +95,7 @@ def sample(
     with torch.no_grad(), eval_mode(model.denoiser):
         cond = model.encode(prompts, *size, generator=generator)
         x = model.noise(len(cond), *size, generator=generator)
-        states = rollout(model, cond, x, model.sampler(T, **options), guidance, generator=generator)
+        states = rollout(model, cond, x, model.sampler(T, **options), guidance, generator=generator, merge=True)
         video = model.decode(last(states).step.x)
     check(video.isfinite().all(), f'the clips are not finite: guidance {guidance} is too high, or a weight is damaged')
     return video.clamp(0, 1)
@@ -126,8 +130,8 @@ def differentiable_latents(
     check(where in ('last', 'x0'), f"unknown place to differentiate {where!r}: it must be 'last' or 'x0'")
     if where == 'last':
         _warn_if_flat(sampler)
-        return last(rollout(model, cond, x, sampler, guidance, K, generator)).step.x
+        return last(rollout(model, cond, x, sampler, guidance, K, generator, merge=True)).step.x
     device = generator.device if generator else None
     i = T - 1 - torch.randint(K, (), generator=generator, device=device).item()
-    states = rollout(model, cond, x, sampler, guidance, T - i, generator)
+    states = rollout(model, cond, x, sampler, guidance, T - i, generator, merge=True)
     return next(s for s in states if s.i == i).step.x0
