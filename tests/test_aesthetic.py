@@ -12,8 +12,8 @@ from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, load_aesthetic,
 from vader_nb.rewards.views import center_crop, clip_normalise, clip_view, resize_shorter
 
 here = Path(__file__).parent
-golden = {k: torch.from_numpy(v) for k, v in np.load(here/'golden/aesthetic_golden.npz').items()}
-views = {k: torch.from_numpy(v) for k, v in np.load(here/'golden/reward_preprocess_golden.npz').items()}
+golden = {k: torch.from_numpy(v) for k, v in np.load(here/'data/aesthetic_golden.npz').items()}
+views = {k: torch.from_numpy(v) for k, v in np.load(here/'data/reward_preprocess_golden.npz').items()}
 published = Path(os.environ.get('VADER_NB_WEIGHTS', here/'weights'))/'laion_aesthetic_v2_head.pth'
 needs_head = pytest.mark.skipif(not published.is_file(), reason=f'the published LAION head is not at {published}')
 

@@ -13,12 +13,12 @@ import torch
 from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_trainer
 from vader_nb.config import Config
 from vader_nb.core import VaderError, make_generator, randn
-from vader_nb.diffusion.samplers import DDIM, log_prob
+from vader_nb.diffusion.samplers import DDIM
 from vader_nb.models.base import Condition
 from vader_nb.records import read_lines
 from vader_nb.rewards.base import reward_from
 from vader_nb.training.ddpo import (
-    SIGMA_FLOOR, Policy, advantages, clipped_loss, ddpo_collect, ddpo_step, make_policy, new_log_prob, step_log_prob,
+    SIGMA_FLOOR, Policy, advantages, clipped_loss, ddpo_collect, ddpo_step, new_log_prob, step_log_prob,
 )
 from vader_nb.training.run_folder import checkpoints
 from vader_nb.training.trainer import Method, Trainer

@@ -22,8 +22,8 @@ from vader_nb.world.captions import captions
 from vader_nb.world.scenes import draw, scenes
 
 here = Path(__file__).parent
-golden = {k: torch.from_numpy(v) for k, v in np.load(here/'reference/hpsv2_golden.npz').items()}
-views = {k: torch.from_numpy(v) for k, v in np.load(here/'golden/reward_preprocess_golden.npz').items()}
+golden = {k: torch.from_numpy(v) for k, v in np.load(here/'data/hpsv2_golden.npz').items()}
+views = {k: torch.from_numpy(v) for k, v in np.load(here/'data/reward_preprocess_golden.npz').items()}
 PROMPTS = ['a fox riding bike', 'a panda with hat', 'dog washing dishes']
 
 def tiny_config(size=32, tokens=12, vocab=200, **text): # two layers a half of ViT-H-14's kind, not quick_gelu
@@ -86,7 +86,7 @@ def test_each_frame_meets_its_own_clips_prompt(authors):
 
 def layout(name):
     "Names and shapes of all weights of a published network, the numbered layers written out; its number of weights."
-    o = json.loads((here/f'reference/{name}_layout.json').read_text())
+    o = json.loads((here/f'data/{name}_layout.json').read_text())
     return {k.replace('*', str(i)): tuple(s) for k, (n, s) in o['layout'].items() for i in range(n)}, o
 
 def test_full_size_layout():

@@ -37,7 +37,7 @@ from vader_nb.config import Config
 from vader_nb.training.vader import vader_step
 from vader_nb.zoo import model_path
 
-reference = Path(__file__).parent/'reference'
+reference = Path(__file__).parent/'data'
 golden = lambda name: {k: torch.from_numpy(v) if v.ndim else torch.tensor(v) for k, v in np.load(reference/f'opensora12_{name}_golden.npz').items()}
 MANIFESTS = json.loads((reference/'opensora12_manifests.json').read_text())
 PROMPTS = ['a panda riding a bike', 'a fox with a hat']

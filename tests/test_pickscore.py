@@ -22,7 +22,7 @@ from vader_nb.world.captions import captions
 from vader_nb.world.scenes import draw, scenes
 
 here = Path(__file__).parent
-golden = {k: torch.from_numpy(v) for k, v in np.load(here/'reference/pickscore_formula_golden.npz').items()}
+golden = {k: torch.from_numpy(v) for k, v in np.load(here/'data/pickscore_formula_golden.npz').items()}
 
 def tiny_clip(size=32):
     "Two layers a half of ViT-H/14's kind: gelu, not quick_gelu."

@@ -77,6 +77,21 @@ def test_no_reward_needs_another_and_no_base_needs_another():
         seen |= found
     assert SHARED | {'models.base'} <= seen
 
+def ruff(*args):
+    "What ruff finds: (file, row, message)."
+    out = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--no-cache', '--output-format=json', *args], cwd=root, capture_output=True, text=True)
+    return [(Path(f['filename']).relative_to(root), f['location']['row'], f'{f["code"]} {f["message"]}') for f in json.loads(out.stdout)]
+
+def test_the_library_keeps_the_style():
+    "Imports, names, lines of 120 columns, functions of at most 22 statements."
+    rules = 'E,F,W,B006,N801,N802,N804,N805,PLR0915'
+    found = ruff('vader_nb', '--exclude=_modidx.py', f'--select={rules}', '--ignore=E401,E701', '--line-length=120', '--config=lint.pylint.max-statements=22')
+    by_nbdev = {p.relative_to(root): ''.join(p.read_text(encoding='utf8').split('# %% ')[:2]).count('\n') for p in modules}  # docstring and __all__
+    found = [f for f in found if not (f[2].startswith('E501') and f[1] <= by_nbdev.get(f[0], 0))]
+    assert not found
+
+def test_no_name_is_unused_or_unknown_in_tests_and_tools(): assert not ruff('tests', 'tools', '--select=F')
+
 def test_no_star_imports():
     stars = [f'{p.name}: {n.module}' for p, s in [(p, s) for p in paths for s in code(p)] + [(p, p.read_text()) for p in modules]
              for n in ast.walk(tree(s)) if isinstance(n, ast.ImportFrom) and n.names[0].name == '*']

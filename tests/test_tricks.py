@@ -148,7 +148,7 @@ def test_meter_counts_each_storage_once_and_forgets_the_dead():
         del a, b
         assert meter.total == 4096
         del c
-        with put_down_to('mine'): d = torch.zeros(100)
+        with put_down_to('mine'): _d = torch.zeros(100)
     assert meter.total == 512 == meter.now['mine'] and meter.peak == 4096 and meter.worst['other'] == 4096
 
 def test_meter_counts_arithmetic():
@@ -179,7 +179,7 @@ def test_offload_is_not_fooled_by_an_address_used_again():
     hooks = Offload()
     hooks.weights = set()
     a = torch.full((200, 200), 1.)
-    first = hooks.pack(a); key = a.untyped_storage()._cdata; del a
+    first = hooks.pack(a); del a
     b = torch.full((200, 200), 2.)
     hooks.known[b.untyped_storage()._cdata] = first[0]  # as if b lay where a was
     assert hooks.unpack(hooks.pack(b)).eq(2).all() and hooks.unpack(first).eq(1).all()

@@ -17,7 +17,7 @@ from vader_nb.pretrain.videocrafter import change_speed, lvdm_loss, make_lvdm, p
 from vader_nb.diffusion.rollout import differentiable_latents, rollout, sample
 from vader_nb.diffusion.samplers import gradient_factor, sampler_from_config, schedule
 
-here = Path(__file__).parent/'reference'
+here = Path(__file__).parent/'data'
 NAMES = json.loads(gzip.decompress((here/'videocrafter2_names.json.gz').read_bytes()))
 REF = {k: torch.from_numpy(v) for k, v in np.load(here/'videocrafter2.npz').items()}
 THIN = 8  # of the larger reference arrays only every eighth number is kept

@@ -14,7 +14,7 @@ from vader_nb.rewards.views import imagenet_normalise
 from vader_nb.world.scenes import draw, scenes
 from vader_nb.zoo import card, model_path
 
-here = Path(__file__).parent/'reference'
+here = Path(__file__).parent/'data'
 golden = {k: torch.from_numpy(v) for k, v in np.load(here/'vjepa.npz').items()}
 facts = json.loads((here/'vjepa.json').read_text())
 TINY = VJepaConfig(size=32, frames=8, patch=8, tubelet=2, dim=64, depth=3, heads=4, pred_dim=32, pred_depth=2, pred_heads=4)

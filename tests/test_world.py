@@ -68,7 +68,7 @@ def reference_scenes(): return scenes(24, 11, 'any', animal=list(range(12)) * 2,
 def test_the_world_looks_as_it_did_when_the_models_were_trained():
     "24 scenes at two times, against a picture that was kept: other shapes, colours or random draws would be another world."
     video = draw(reference_scenes(), torch.tensor([0., 5.]), 48, 48)
-    kept = torch.from_numpy(np.asarray(Image.open(root/'tests/reference/world.png')).copy()).float() / 255
+    kept = torch.from_numpy(np.asarray(Image.open(root/'tests/data/world.png')).copy()).float() / 255
     ours = video.movedim(2, -1).reshape(4, 6, 2, 48, 48, 3).permute(0, 2, 3, 1, 4, 5).reshape(4 * 2 * 48, 6 * 48, 3)
     assert (ours - kept).abs().max() < 1.5 / 255
 

@@ -58,7 +58,7 @@ def check_images(images):
 def to_rgb(
     picture,  # a PIL image of any mode
 ):
-    "As 8-bit RGB, the right way up; what is transparent is white. Raises `VaderError` for a mode without a known white."
+    "As 8-bit RGB, the right way up, white where it is transparent. Raises `VaderError` for a mode without a white."
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)

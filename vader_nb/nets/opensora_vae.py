@@ -174,7 +174,7 @@ class OpenSoraVAE(nn.Module):
     def __init__(
         self,
         vae_2d=IMAGE_VAE,
-        vae_temporal={},
+        vae_temporal=(),  # pairs of name and value, or a dict
         image_scale=0.18215,
         shift=(-0.10, 0.34, 0.27, 0.98),
         scale=(3.85, 2.32, 2.33, 3.06),
@@ -184,7 +184,7 @@ class OpenSoraVAE(nn.Module):
 
         self.config = dict(vae_2d=dict(vae_2d), vae_temporal=dict(vae_temporal), image_scale=image_scale)
         self.spatial_vae = nn.ModuleDict(dict(module=AutoencoderKL.from_config(dict(vae_2d))))
-        self.temporal_vae = TemporalVAE(**vae_temporal)
+        self.temporal_vae = TemporalVAE(**dict(vae_temporal))
         self.image_scale = image_scale
         for name, values in dict(shift=shift, scale=scale).items():
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1))

@@ -58,7 +58,7 @@ def make_tokenizer(
         show_progress=False,
     )
     tok.train_from_iterator(
-        [w for w in world_words() for _ in range(20)] + letters * 3 + [f'{line}{m}' for line in letters for m in letters],
+        [w for w in world_words() for _ in range(20)] + letters * 3 + [a + b for a in letters for b in letters],
         trainer,
     )
     merges = [tuple(m) for m in json.loads(tok.to_str())['model']['merges']]

@@ -145,7 +145,8 @@ def match(outputs, targets):
     "The same as transformers' `HungarianMatcher` (guesses and their objects, frame by frame), without scipy."
     rows = zip(outputs['logits'], outputs['pred_boxes'], targets)
     return [
-        (assign(cost_table(line, b, t['class_labels'], t['boxes'])), torch.arange(len(t['boxes']))) for line, b, t in rows
+        (assign(cost_table(logits, b, t['class_labels'], t['boxes'])), torch.arange(len(t['boxes'])))
+        for logits, b, t in rows
     ]
 
 # %% ../../nbs/zoo/08_objects.ipynb #bcf166fa
