@@ -122,7 +122,7 @@ class VideoModel:
 
     name = 'video model'
     lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0']  # endings of the names of the denoiser's layers that get LoRA
-    checkpoint_layers = ()  # classes of the layers of denoiser and VAE that are recomputed one by one, see `Config.tricks`
+    checkpoint_layers = ()  # classes of the layers that are recomputed one by one, see `Config.tricks`
     latent_channels, vae_scale = 4, 8  # channels of a latent; pixels per latent along height and width
     native_size = 8, 64, 64  # frames, height, width of a clip where none are asked for
     vocabulary = None  # the words that a small model knows; None where any may be said

@@ -490,7 +490,8 @@ def resume(self: Trainer):
         self.load_checkpoint(found[-1])
     path = self.folder/'metrics.jsonl'
     lines = len(read_lines(path))
-    check(lines >= self.step, f'{path} is damaged after step {lines} of {self.step}: restore it, or choose another folder')
+    whole = lines >= self.step
+    check(whole, f'{path} is damaged after step {lines} of {self.step}: restore it, or choose another folder')
 
 # %% ../../nbs/7_training/03_trainer.ipynb #50d90a74
 @patch
