@@ -47,7 +47,8 @@ def rollout(
         keeps_graph = torch.is_grad_enabled() and i >= T - K
         if keeps_graph:
             merged = nullcontext  # the copies are not needed any more
-            torch.clear_autocast_cache()  # up to torch 2.7 it hands weights on that the steps before cast without a graph
+            # Up to torch 2.7 the cache hands on weights that the steps before cast without a graph.
+            torch.clear_autocast_cache()
         with torch.set_grad_enabled(keeps_graph), merged():
             pred = model.predict(sampler.scale_input(x, i), t, cond, guidance)
             step = sampler.step(i, x, pred, noise, step)
