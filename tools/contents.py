@@ -30,8 +30,9 @@ def entry(path):
     text = markdown(path)
     title = re.search(r'^# (.+)$', text, re.M)[1]
     line = re.search(r'^> (.+)$', text, re.M)[1].rstrip('.')
-    time = re.search(r'\*\*Runs in\*\*\s+([^.;,(]+)', text)
-    return title, line, time[1].strip().replace('about ', '') if time else ''
+    time = re.search(r'\*\*Runs\s+in\*\*\s+([^.;,(]+)', text)
+    words = ' '.join(time[1].split()) if time else ''
+    return title, line, re.sub(r'^about | (on a laptop CPU|with the (finished|shipped) checkpoint)$', '', words)
 
 
 def table(chapter, here):
