@@ -2,8 +2,8 @@
 import pytest
 from vader_nb.core import VaderError
 from vader_nb.experiments.prompts import ACTIONS, COMMON_ANIMALS, TEST_ACTIVITIES, action_prompts, activity_prompts, hps_actions, spread
-from vader_nb.experiments.registry import EXPERIMENTS, experiment_config, find_experiment, load_rewards, parse_reward, run
-from vader_nb.zoo import MODELS, REWARDS
+from vader_nb.experiments.registry import EXPERIMENTS, experiment_config, find_experiment, run
+from vader_nb.zoo import MODELS, REWARDS, load_reward, parse_reward
 
 both = pytest.mark.parametrize('scale', ['small', 'full'])
 each = pytest.mark.parametrize('name', EXPERIMENTS)
@@ -92,9 +92,9 @@ def test_what_is_no_sum_of_rewards(text):
 def test_a_weighted_sum_scores_as_its_terms():
     import torch
     video = torch.rand(2, 3, 3, 64, 64)
-    total, jpeg, beauty = [load_rewards(text, device='cpu') for text in ('2*jpeg + 0.5*aesthetic', 'jpeg', 'aesthetic')]
+    total, jpeg, beauty = [load_reward(text, device='cpu') for text in ('2*jpeg + 0.5*aesthetic', 'jpeg', 'aesthetic')]
     torch.testing.assert_close(total(video), 2 * jpeg(video) + .5 * beauty(video))
-    with pytest.raises(VaderError, match='unknown reward'): load_rewards('beauty')
+    with pytest.raises(VaderError, match='unknown reward'): load_reward('beauty')
 
 def test_runs_lie_in_one_place_and_are_never_mixed(tmp_path, monkeypatch):
     from vader_nb.experiments.registry import default_folder, fresh_folder

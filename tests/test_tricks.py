@@ -8,7 +8,7 @@ from tiny_models import Tiny, cond
 from vader_nb.memory import tricks
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora, lora_parameters
-from vader_nb.memory.meter import Meter, allocator_peak, fused, measure, meta_autocast, put_down_to, to_meta, with_margin
+from vader_nb.memory.meter import Meter, allocator_peak, fused, measure, meta_autocast, to_meta, with_margin
 from vader_nb.rewards.base import Reward, freeze
 from vader_nb.config import TRICKS, check_tricks
 from vader_nb.memory.tricks import Offload, adam, use_tricks
@@ -117,7 +117,7 @@ def test_two_processes_average_to_the_whole_batch(true, tmp_path):
 def simulated(words, **kw):
     ghost, judge = to_meta(model_and_judge()[0]), Judge().to('meta')
     use_tricks(ghost, judge, words)
-    return measure(lambda: loss(ghost, judge, **kw).backward(), ghost, judge)
+    return measure(lambda: loss(ghost, judge, **kw).backward(), ghost, judge, watch=tricks.transfers)
 
 @pytest.mark.parametrize('words', ['', 'checkpointing', 'checkpointing batch_slicing vae_slicing'])
 def test_the_simulator_agrees_with_the_meter(words):
@@ -140,6 +140,15 @@ def test_what_the_tricks_save():
     assert layers < .6 * plain and passes < .6 * layers
     assert above('checkpointing', K=3) > 1.2 * layers and above('checkpointing batch_slicing vae_slicing', K=3) < 1.1 * passes
 
+def test_the_tricks_know_no_meter():
+    "What is moved is counted from outside, and only there."
+    seen = simulated('checkpointing model_offload activation_offload')
+    ghost, judge = to_meta(model_and_judge()[0]), Judge().to('meta')
+    use_tricks(ghost, judge, 'checkpointing model_offload activation_offload')
+    blind = measure(lambda: loss(ghost, judge).backward(), ghost, judge)
+    assert seen.moved > 0 == blind.moved and seen.peak == blind.peak and seen.parts['weights'] > blind.parts['weights']
+    assert 'Meter' not in vars(tricks)
+
 def test_meter_counts_each_storage_once_and_forgets_the_dead():
     meter = Meter()
     with meter:
@@ -148,7 +157,7 @@ def test_meter_counts_each_storage_once_and_forgets_the_dead():
         del a, b
         assert meter.total == 4096
         del c
-        with put_down_to('mine'): _d = torch.zeros(100)
+        with meter.label('mine'): _d = torch.zeros(100)
     assert meter.total == 512 == meter.now['mine'] and meter.peak == 4096 and meter.worst['other'] == 4096
 
 def test_meter_counts_arithmetic():

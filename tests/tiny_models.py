@@ -27,8 +27,8 @@ def tiny_tokenizer(length=12):
     return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), unk_token='<|unknown|>', model_max_length=length)
 
 
-def tiny_pipeline(seed=0, length=12):
-    "A `TextToVideoSDPipeline` with random weights; its layers are those of the published one."
+def tiny_parts(seed=0, length=12):
+    "The parts of a `TextToVideoSDPipeline` with random weights; its layers are those of the published one."
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(length)
     text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -42,7 +42,12 @@ def tiny_pipeline(seed=0, length=12):
         for n, p in net.named_parameters():
             if n.startswith(('conv_out', 'decoder.conv_out')): torch.nn.init.normal_(p, std=.2)
             elif 'conv4' in n or 'proj_out' in n: torch.nn.init.normal_(p, std=.05)
-    return TextToVideoSDPipeline(vae=vae.eval(), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=DDIMScheduler(**SCHEDULE))
+    return dict(vae=vae.eval(), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=DDIMScheduler(**SCHEDULE))
+
+
+def tiny_pipeline(seed=0, length=12):
+    "A tiny random pipeline, as diffusers opens it."
+    return TextToVideoSDPipeline(**tiny_parts(seed, length))
 
 
 def published_layout(folder, seed=0):

@@ -1,11 +1,12 @@
 "A training run on a tiny random model; also as a program: `python tests/tiny_run.py FOLDER 'CHANGES AS JSON' [--resume]`."
 import json, sys
 import torch
-from tiny_models import tiny_pipeline
+from tiny_models import tiny_parts, tiny_pipeline
 from vader_nb.models.modelscope import ModelScope
 from vader_nb.rewards.base import reward_from
 from vader_nb.config import Config
 from vader_nb.training.trainer import Trainer, fit
+from vader_nb.zoo import random_net
 
 PROMPTS, TESTS = ['a panda riding a bike', 'a fox playing chess', 'a dog washing dishes'], ['a fox riding a bike', 'a panda washing dishes']
 TINY = dict(T=3, K=2, frames=4, height=16, width=16, rank=2, alpha=2., batch_size=2)
@@ -21,12 +22,19 @@ def bright(chance=0.):
     return reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)) * (1 + chance * torch.rand(())), 'bright')
 
 
-def load_tiny(scale='small', device=None, dtype=None):
-    "The tiny model as a base model of the zoo."
-    return tiny_model()
+class TinyScope(ModelScope):
+    "The tiny model with settings of its own at full size, as a base model of the zoo."
+    name = 'tiny'
+    full = dict(frames=8, height=64, width=64, T=4, sampler='ddim', guidance=3., mixed_precision='fp32')
 
 
-def load_bright(scale='small', device=None, dtype=None):
+def load_tiny(scale='small', device=None, dtype=None, weights=True):
+    if weights: return tiny_model()
+    nets = [random_net(lambda: tiny_parts()[part], device or 'meta', dtype or torch.float32) for part in ('unet', 'vae', 'text_encoder')]
+    return TinyScope(*nets, None, tiny_parts()['scheduler'], (8, 64, 64)).remember(12, 32)
+
+
+def load_bright(scale='small', device=None, dtype=None, weights=True):
     "Brightness as a reward of the zoo."
     return bright()
 

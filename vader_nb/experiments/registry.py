@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['modelscope_full', 'videocrafter_full', 'opensora_full', 'svd_full', 'videocrafter_small', 'opensora_small',
-           'svd_small', 'EXPERIMENTS', 'Experiment', 'parse_reward', 'load_rewards', 'find_experiment',
-           'experiment_config', 'load', 'run', 'default_folder', 'fresh_folder']
+           'svd_small', 'EXPERIMENTS', 'Experiment', 'find_experiment', 'experiment_config', 'load', 'run',
+           'default_folder', 'fresh_folder']
 
 # %% ../../nbs/8_results/01_experiments.ipynb #2160ba97
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
@@ -20,6 +19,10 @@ from vader_nb.experiments.prompts import (
 from ..training.run_folder import check_folder
 from ..training.trainer import fit
 from ..world.judge import judge_clips
+from ..models.modelscope import ModelScope
+from ..models.opensora import OpenSora
+from ..models.svd import SVD
+from ..models.videocrafter import VideoCrafter
 from ..zoo import load_model, load_reward
 
 # %% ../../nbs/8_results/01_experiments.ipynb #ffa4787f
@@ -29,56 +32,25 @@ class Experiment:
     paper: str        # where in the paper
     about: str        # one line
     base: str         # one of `zoo.MODELS`
-    reward: str       # as in `load_rewards`
+    reward: str       # as in `load_reward`
     prompts: object   # function (scale) -> training prompts, held-out prompts
     small: dict = field(default_factory=dict)  # settings at small scale that differ from `Config`'s defaults
     full: dict = field(default_factory=dict)   # the same at full scale
-
-# %% ../../nbs/8_results/01_experiments.ipynb #9f9561fc
-def parse_reward(
-    text: str,  # such as 'hps' or 'hps21 + 0.1*aesthetic'
-) -> list:      # of (weight, name)
-    "The terms of a weighted sum of rewards. Raises `VaderError` for text that is none."
-    terms = []
-    for term in text.split('+'):
-        found = re.fullmatch(r'\s*(?:([\d.]+(?:e-?\d+)?)\s*\*\s*)?(\w+)\s*', term)
-        check(found, f'{text!r} is no reward: write a name or a sum such as "hps21 + 0.1*aesthetic"')
-        weight, name = found.groups()
-        terms.append((float(weight or 1), name))
-    return terms
-
-# %% ../../nbs/8_results/01_experiments.ipynb #043aa9fa
-def load_rewards(
-    text: str,      # as in `parse_reward`
-    scale='small',  # 'small' or 'full'
-    device=None,    # as in `pick_device`
-):  # -> `Reward`
-    "The reward, or weighted sum of rewards. Raises `VaderError` for unknown names."
-    total = None
-    for weight, name in parse_reward(text):
-        reward = load_reward(name, scale, device)
-        term = reward if weight == 1 else weight * reward
-        total = term if total is None else total + term
-    return total
 
 # %% ../../nbs/8_results/01_experiments.ipynb #01da4076
 _authors = dict(lr=2e-4, rank=16, alpha=8., K=1, where='last', tricks='checkpointing', save_every=5)
 
 modelscope_full = dict(
-    _authors, train_steps=300, batch_size=1, gradient_accumulation_steps=16, T=25, sampler='dpm++', guidance=9.,
-    frames=16, height=256, width=256, mixed_precision='fp16',
+    _authors, **ModelScope.full, train_steps=300, batch_size=1, gradient_accumulation_steps=16,
 )
 videocrafter_full = dict(
-    _authors, train_steps=450, batch_size=1, gradient_accumulation_steps=8, T=25, sampler='ddim', eta=1., guidance=12.,
-    frames=12, height=320, width=512, mixed_precision='fp16',
+    _authors, **VideoCrafter.full, train_steps=450, batch_size=1, gradient_accumulation_steps=8,
 )
 opensora_full = dict(
-    _authors, train_steps=800, batch_size=1, gradient_accumulation_steps=8, T=30, sampler='rflow', guidance=7.,
-    frames=51, height=240, width=426, mixed_precision='bf16',
+    _authors, **OpenSora.full, train_steps=800, batch_size=1, gradient_accumulation_steps=8,
 )
 svd_full = dict(
-    _authors, train_steps=300, batch_size=1, gradient_accumulation_steps=8, T=25, sampler='euler', guidance=3.,
-    K=10, where='x0', frames=14, height=320, width=576, mixed_precision='fp16',
+    _authors, **SVD.full, train_steps=300, batch_size=1, gradient_accumulation_steps=8, K=10, where='x0',
 )
 
 # %% ../../nbs/8_results/01_experiments.ipynb #6a6b0e88
@@ -208,7 +180,7 @@ def load(
     "The base model and the reward of an experiment."
     experiment = find_experiment(config.experiment)
     device = _own_device(device)
-    return load_model(experiment.base, config.scale, device), load_rewards(experiment.reward, config.scale, device)
+    return load_model(experiment.base, config.scale, device), load_reward(experiment.reward, config.scale, device)
 
 # %% ../../nbs/8_results/01_experiments.ipynb #2ed68d7e
 def run(

@@ -209,7 +209,9 @@ class Compressibility(Reward):
 def load_jpeg(
     scale='small',      # either: there are no weights
     device=None,        # as in `pick_device`
+    dtype=None,         # either: it computes in float32
+    weights=True,       # either
     quality: int = 75,  # of the JPEG file, 1 to 100
 ) -> Compressibility:
     "The compressibility reward, called as the others are."
-    return Compressibility(quality).to(pick_device(device))
+    return Compressibility(quality).to(pick_device(device) if weights else device or 'meta')

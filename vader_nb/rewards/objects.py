@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Found', 'DETECTORS', 'detector_size', 'detector_view', 'Yolos', 'load_yolos', 'hard_confidence', 'smooth_max',
-           'ObjectRemoval', 'GroundingDino', 'load_grounding_dino', 'load_objects']
+           'ObjectRemoval', 'GroundingDino', 'load_grounding_dino', 'random_yolos', 'load_objects']
 
 # %% ../../nbs/5_rewards/05_objects.ipynb #543e39cd
 import math
 from collections import namedtuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import nn
 from ..core import check, default_dtype, pick_device, pick_dtype
 from .base import Reward, frame_mean, freeze
 from .views import imagenet_normalise
-from ..zoo import load_net, model_path, read_part
+from ..zoo import load_net, model_path, random_net, read_part
 
 # %% ../../nbs/5_rewards/05_objects.ipynb #522fd0ad
 def detector_size(
@@ -203,6 +204,19 @@ def load_grounding_dino(
         size['longest_edge'],
     )
 
+# %% ../../nbs/5_rewards/05_objects.ipynb #a0d6f131
+def random_yolos(
+    target='book',
+    device='meta',
+    dtype=torch.float16,
+):
+    "YOLOS at its base size with random weights, on the meta device with none; it knows the target and 90 nameless things."
+    from transformers import YolosConfig, YolosForObjectDetection
+
+    names = dict(enumerate([target, *map(str, range(90))]))
+    config = YolosConfig(image_size=[800, 1344], use_mid_position_embeddings=True, id2label=names)
+    return Yolos(random_net(partial(YolosForObjectDetection, config), device, dtype), target)
+
 # %% ../../nbs/5_rewards/05_objects.ipynb #94d6c10e
 DETECTORS = {'yolos': load_yolos, 'yolos_tiny': load_yolos, 'grounding_dino': load_grounding_dino}
 
@@ -214,14 +228,15 @@ def load_objects(
     target='book',     # what to remove
     detector='yolos',  # one of `DETECTORS`: hustvl/yolos-base, hustvl/yolos-tiny, IDEA-Research/grounding-dino-tiny
     form='smooth',     # as for `ObjectRemoval`
+    weights=True,     # False: the full size with random weights, on the meta device with none
 ):
     """The object removal reward of that scale; raises `VaderError` where the weights cannot be had or the target is not
     known.
     """
     check(detector in DETECTORS, f'unknown detector {detector!r}: use one of {", ".join(DETECTORS)}')
-    folder = model_path(detector, scale)
-    device = pick_device(device)
+    device = pick_device(device) if weights else device or 'meta'
     half = 'fp16' if 'yolos' in detector else 'fp32'
-    return ObjectRemoval(
-        DETECTORS[detector](folder, target, pick_dtype(dtype or default_dtype(scale, device, half))), form
-    ).to(device)
+    dtype = pick_dtype(dtype or default_dtype(scale, device, half))
+    check(weights or detector == 'yolos', f'without weights there is only yolos, not {detector}')
+    net = DETECTORS[detector](model_path(detector, scale), target, dtype) if weights else random_yolos(target, device, dtype)
+    return ObjectRemoval(net, form).to(device)

@@ -7,6 +7,7 @@ __all__ = ['VITL16', 'DISTURBANCES', 'windows', 'vjepa_view', 'VJepaReward', 'VJ
 
 # %% ../../nbs/5_rewards/08_vjepa.ipynb #fc93c687
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +15,12 @@ from torch import nn
 import torch.nn.functional as F
 
 from ..core import VaderError, check, default_dtype, make_generator, pick_device, pick_dtype, to_frames
-from ..nets.vjepa import VJepaConfig, draw_masks, half_masks, load_vjepa_net, masked_error, take
+from ..nets.vjepa import VJepa, VJepaConfig, draw_masks, half_masks, load_vjepa_net, masked_error, take
 from .base import Reward, freeze
 from .views import center_crop, imagenet_normalise, resize_shorter
 from ..world.scenes import ANIMALS, draw
 from ..world.rating import corrupt
-from ..zoo import load_net, model_path
+from ..zoo import load_net, model_path, random_net
 
 # %% ../../nbs/5_rewards/08_vjepa.ipynb #1130a70a
 def windows(
@@ -156,6 +157,7 @@ def load_vjepa(
     dtype=None,     # as in `pick_dtype`; default: `default_dtype`
     version=1,      # of V-JEPA at full scale: 1, or 2 (facebook/vjepa2-vitl-fpc64-256)
     path=None,      # a `vitl16.pth.tar` of your own, or a folder with a small V-JEPA
+    weights=True,  # False: the full size with random weights, on the meta device with none
     **options,      # of `VJepaReward`
 ):
     "The V-JEPA reward of that scale; raises `VaderError` where the weights cannot be had."
@@ -164,9 +166,12 @@ def load_vjepa(
         f"there is no V-JEPA {version} at the scale {scale!r}: use 'small' with version 1, or 'full' with 1 or 2",
     )
     check(path is None or version == 1, 'path= is for version 1: version 2 comes from the hub')
-    device = pick_device(device)
+    check(weights or version == 1, 'without weights there is only version 1')
+    device = pick_device(device) if weights else device or 'meta'
     dtype = pick_dtype(dtype or default_dtype(scale, device))
-    if version == 2:
+    if not weights:
+        net = random_net(partial(VJepa, VJepaConfig()), device, dtype)
+    elif version == 2:
         net = _version_2(dtype)
     else:
         net = load_vjepa_net(path or (_published_file() if scale == 'full' else model_path('vjepa')))
