@@ -21,11 +21,13 @@ from pathlib import Path
 def list_experiments(
     args,  # with `json`
 ):
-    "Print the experiments."
+    "Print the experiments, and the base models and rewards that there are."
     from vader_nb.experiments.registry import EXPERIMENTS, experiment_config
+    from vader_nb.zoo import MODELS, REWARDS
     if not args.json:
         for name, e in EXPERIMENTS.items():
             print(f'{name}\n    {e.about} ({e.paper})')
+        print(f'\nbase models: {", ".join(MODELS)}\nrewards: {", ".join(REWARDS)}')
         return
     entries = []
     for name, e in EXPERIMENTS.items():
@@ -181,19 +183,25 @@ def evaluate_run(
 
 # %% ../nbs/8_results/02_cli.ipynb #8bf39038
 def plan_memory(
-    args,  # with `base`, `reward`, `frames`, `size`, `k`, `rounds`, `budget`
+    args,  # with `base`, `reward`, `frames`, `size`, `k`, `rounds`, `budget`, `measure`
 ):
     "Print the peak memory of a training step at full size and the cheapest tricks with which it fits."
+    import torch
     from vader_nb.core import check
-    from vader_nb.memory.planner import config_for, describe, plan
+    from vader_nb.memory.planner import config_for, describe, describe_trial, plan
+    from vader_nb.memory.simulate import try_step
+    check(not args.measure or torch.cuda.is_available(), '--measure runs the step on a GPU, and this machine has none')
     height, width = None, None
     if args.size:
         found = re.fullmatch(r'(\d+)x(\d+)', args.size)
         check(found, f'size is {args.size!r}, but must be height x width, such as 256x256')
         height, width = map(int, found.groups())
     config = config_for(args.base, args.reward, args.frames, height, width, K=args.k)
-    result = plan(args.base, args.reward, config, args.budget, args.rounds)
+    result = plan(args.base, args.reward, config, args.budget, args.rounds, progress=True)
     print(describe(args.base, args.reward, config, result, args.rounds))
+    if args.measure:
+        trial = try_step(args.base, args.reward, config, result.tricks, args.rounds, args.budget)
+        print(describe_trial(config, result, trial))
 
 # %% ../nbs/8_results/02_cli.ipynb #a7fd7240
 class _Parser(argparse.ArgumentParser):
@@ -224,7 +232,7 @@ def _run_options(add):
 def _sample_options(add):
     "The options of `vader sample`."
     add('prompt', nargs='+', metavar='PROMPT', help='in quotes; for svd a caption or the file of a start image')
-    add('--base', metavar='B', help="modelscope, videocrafter, opensora, svd or wan; default: the run's, or modelscope")
+    add('--base', metavar='B', help="a base model of vader list; default: the run's, or modelscope")
     add('--scale', metavar='SCALE', help="small or full; default: the run's, or small")
     add('--lora', metavar='DIR', help='the lora folder of a run; other settings come from that run, too')
     add('--sampling-steps', type=int, metavar='T', help="default: the run's, or 25")
@@ -241,13 +249,14 @@ def _eval_options(add):
 
 def _memory_options(add):
     "The options of `vader memory`."
-    add('--base', default='modelscope', metavar='B', help='modelscope, videocrafter, opensora, svd or wan')
-    add('--reward', default='hps', metavar='R', help='a reward of the experiments; default: hps')
+    add('--base', default='modelscope', metavar='B', help='a base model of vader list; default: modelscope')
+    add('--reward', default='hps', metavar='R', help='a reward, or a sum such as "hps21 + 0.1*aesthetic"; default: hps')
     add('--frames', type=int, metavar='N', help="frames of a clip; default: the base's own")
     add('--size', metavar='HxW', help="height and width; default: the base's own")
     add('--k', type=int, default=1, metavar='K', help='sampling steps with a gradient; default: 1')
     add('--rounds', type=int, default=1, metavar='N', help='clips that go on from each other; default: 1')
     add('--budget', type=float, default=16., metavar='GB', help='memory of the card; default: 16')
+    add('--measure', action='store_true', help='then run that step on this GPU, with random weights, under the budget')
 
 # %% ../nbs/8_results/02_cli.ipynb #21da45b8
 _commands = {

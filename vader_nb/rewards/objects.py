@@ -238,5 +238,6 @@ def load_objects(
     half = 'fp16' if 'yolos' in detector else 'fp32'
     dtype = pick_dtype(dtype or default_dtype(scale, device, half))
     check(weights or detector == 'yolos', f'without weights there is only yolos, not {detector}')
-    net = DETECTORS[detector](model_path(detector, scale), target, dtype) if weights else random_yolos(target, device, dtype)
-    return ObjectRemoval(net, form).to(device)
+    if not weights:
+        return ObjectRemoval(random_yolos(target, device, dtype), form)
+    return ObjectRemoval(DETECTORS[detector](model_path(detector, scale), target, dtype), form).to(device)
