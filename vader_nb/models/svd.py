@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NOISE_LEVELS', 'SIZES', 'is_picture', 'described', 'check_images', 'to_rgb', 'open_image', 'named_image', 'get_image',
-           'to_tensor', 'clip_view', 'frame_view', 'ImageCondition', 'guidance_ramp', 'SVD', 'open_svd', 'load_svd',
-           'file_version']
+           'to_tensor', 'clip_view', 'frame_view', 'ImageCondition', 'guidance_ramp', 'SVD', 'open_svd', 'random_svd',
+           'load_svd', 'file_version']
 
 # %% ../../nbs/3_models/08_svd.ipynb #7018d0e4
 import math
 import os
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ from vader_nb.core import (
     swap_cf,
     to_frames,
 )
-from .base import Condition, VideoModel, check_frames, with_fast_convolutions
-from ..zoo import load_net, model_path, read_part
+from .base import IMAGE_VAE, Condition, VideoModel, check_frames, with_fast_convolutions
+from ..zoo import load_net, model_path, random_net, read_part
 
 # %% ../../nbs/3_models/08_svd.ipynb #13f4eb38
 def is_picture(x):
@@ -198,6 +199,7 @@ class SVD(VideoModel):
     """
 
     name = 'svd'
+    full = dict(frames=14, height=320, width=576, T=25, sampler='euler', guidance=3.0, mixed_precision='fp16')
     checkpoint_layers = ('SpatioTemporalResBlock', 'TransformerSpatioTemporalModel', 'ResnetBlock2D', 'Attention')
     draw = None  # function (caption, height, width) -> the picture that a caption stands for, where there is one
 
@@ -246,23 +248,55 @@ def open_svd(
     ]
     return SVD(*nets, *parts, **how)
 
-# %% ../../nbs/3_models/08_svd.ipynb #15a31868
+# %% ../../nbs/3_models/08_svd.ipynb #a0d6f032
 SIZES = dict(small=dict(native_size=(8, 64, 64), chunk=4), full=dict(native_size=(14, 576, 1024), chunk=1))
+_full_vae = {name: IMAGE_VAE[name] for name in ('block_out_channels', 'down_block_types', 'layers_per_block')}
+_full_encoder = dict(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    patch_size=14,
+    projection_dim=1024,
+)
 
 
+def random_svd(
+    device='meta',
+    dtype=torch.float16,
+):
+    "The full `SVD` with random weights, on the meta device with none; a caption stands for a black picture."
+    from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    makers = (
+        partial(UNetSpatioTemporalConditionModel, num_attention_heads=(5, 10, 20, 20), num_frames=14),
+        partial(AutoencoderKLTemporalDecoder, **_full_vae),
+        partial(CLIPVisionModelWithProjection, CLIPVisionConfig(**_full_encoder)),
+    )
+    nets = [random_net(make, device, dtype) for make in makers]
+    model = SVD(*nets, EulerDiscreteScheduler(**NOISE_LEVELS), CLIPImageProcessor(), **SIZES['full'])
+    model.draw = lambda caption, height, width: torch.zeros(3, height, width)
+    return model
+
+# %% ../../nbs/3_models/08_svd.ipynb #15a31868
 def load_svd(
     # 'small': shipped with this package; 'full': stabilityai/stable-video-diffusion-img2vid, 4.5 GB in half precision
     scale='small',
     device=None,  # as in `pick_device`
     dtype=None,   # as in `pick_dtype`; default: `default_dtype`
     xt=False,     # the full model for 25 frames, stable-video-diffusion-img2vid-xt, instead of the one for 14
+    weights=True,  # False: the full size with random weights, on the meta device with none
 ):
     "The Stable Video Diffusion of that scale; raises `VaderError` where it cannot be had."
     check(not xt or scale == 'full', "there is no small XT model: use scale='full' or xt=False")
+    device = pick_device(device) if weights else device or 'meta'
+    dtype = pick_dtype(dtype or default_dtype(scale, device, SVD.full['mixed_precision']))
+    if not weights:
+        return random_svd(device, dtype)
     folder = model_path('svd_xt' if xt else 'svd', scale)
-    device = pick_device(device)
     how = {**SIZES[scale], **(dict(native_size=(25, 576, 1024)) if xt else {})}
-    model = open_svd(folder, device, pick_dtype(dtype or default_dtype(scale, device)), **how)
+    model = open_svd(folder, device, dtype, **how)
     from vader_nb.world.captions import start_image
 
     model.draw = start_image  # captions of the small world stand for pictures, too

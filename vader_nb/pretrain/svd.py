@@ -24,7 +24,7 @@ from ..diffusion.schedules import a_from_sigma, add_noise, v_target
 from ..world.judge import judge_clips
 from ..models.svd import SIZES, clip_view, open_svd
 from ..diffusion.rollout import sample
-from ..world.scenes import ACTIVITIES, draw, scenes
+from ..world.scenes import draw, scenes
 from ..world.captions import captions
 from .loop import options, pretrain, write_card
 from .modelscope import chunk

@@ -20,7 +20,6 @@ from vader_nb.nets.vjepa import (
     block_size,
     draw_masks,
     half_masks,
-    load_vjepa_net,
     save_vjepa_net,
     take,
 )

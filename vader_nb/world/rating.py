@@ -8,7 +8,7 @@ __all__ = ['CORRUPTIONS', 'corrupt', 'corrupt_some', 'frame_stats', 'rate', 'lab
 # %% ../../nbs/1_ground/06_rating.ipynb #edb3d3a0
 import torch
 import torch.nn.functional as F
-from ..core import check, make_generator
+from ..core import check
 
 # %% ../../nbs/1_ground/06_rating.ipynb #625a11e9
 def _noise(video, k, generator):
