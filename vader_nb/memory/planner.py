@@ -21,7 +21,7 @@ import torch
 from ..config import Config
 from ..core import VaderError, check, read_json, write_json
 from .meter import Reading, with_margin
-from .simulate import simulate, try_step
+from .simulate import simulate
 from .tricks import image_decoders
 from ..zoo import MODELS, REWARDS, load_model, load_reward
 

@@ -210,7 +210,7 @@ def random_yolos(
     device='meta',
     dtype=torch.float16,
 ):
-    "YOLOS at its base size with random weights, on the meta device with none; it knows the target and 90 nameless things."
+    "The full YOLOS with random weights, on the meta device with none; it knows the target and 90 nameless things."
     from transformers import YolosConfig, YolosForObjectDetection
 
     names = dict(enumerate([target, *map(str, range(90))]))
