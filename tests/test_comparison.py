@@ -80,3 +80,10 @@ def test_what_a_level_needs():
     lines = [dict(queries=q, passes=10 * q, reward=r) for q, r in ((0, 4.), (100, 5.), (200, 4.5), (300, 7.))]
     assert needed(lines, 4.5) == 50 and needed(lines, 5.) == 100 and needed(lines, 6., 'passes') == pytest.approx(2600)
     assert needed(lines, 3.) == 0 and needed(lines, 8.) is None
+
+def test_the_recorded_search_is_read_whole():
+    from vader_nb.records import read_lines, recorded
+    path = recorded('search')[0]/'modelscope-aesthetic.jsonl'
+    lines = read_lines(path)
+    assert len(lines) == len(path.read_text().splitlines()) > 0
+    assert all({'method', 'changes', 'queries', 'reward before', 'reward after'} <= set(line) for line in lines)
