@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULER', 'SIZES', 'HATS', 'ABOUT', 'INDEX', 'make_unet', 'chunk', 'embed', 'Batches', 'unet_loss', 'exam',
-           'judge_exam', 'quality', 'write_pipeline', 'measure', 'first_course', 'second_course', 'main']
+           'judge_exam', 'quality', 'write_pipeline', 'measure', 'main']
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #db1671f9
 from pathlib import Path

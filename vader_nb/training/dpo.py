@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DPO', 'dpo_loss', 'denoising_errors', 'dpo_collect', 'preferences', 'shared_noise', 'dpo_step', 'read_pairs',
-           'read_clip', 'to_latents', 'file_collect', 'check_dpo']
+           'read_clip', 'to_latents', 'check_dpo']
 
 # %% ../../nbs/7_training/06_dpo.ipynb #f9d13d22
 import json
