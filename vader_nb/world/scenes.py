@@ -10,6 +10,7 @@ __all__ = ['ANIMALS', 'CORE', 'LOOKALIKE', 'ACTIVITIES', 'OBJECTS', 'COLOURS', '
 import math
 from dataclasses import dataclass, fields
 import torch
+import torch.nn.functional as F
 from ..core import check, make_generator
 from vader_nb.world.shapes import (
     ANGLE, COLOUR, HALF_HEIGHT, HALF_WIDTH, OUTLINE, PALETTE, VISIBLE, X, Y,
@@ -44,6 +45,7 @@ class Scene:
     contrast: torch.Tensor    # of the grade, 1 = as painted
     brightness: torch.Tensor  # of the grade, added at the end
     camera: torch.Tensor      # (n, 3) zoom (1 = whole scene), shift x, shift y in frame heights
+    light: torch.Tensor       # 0 = flat, before a wall; 1 = outdoors, with a low sun on the left
 
     def __len__(self): return len(self.animal)
 
@@ -56,6 +58,7 @@ class Scene:
 GRADES = dict(
     dull=dict(saturation=(.30, .55), contrast=(.45, .65)),
     vivid=dict(saturation=(1., 1.3), contrast=(.95, 1.15)),
+    sunlit=dict(saturation=(.8, 1.15), contrast=(.9, 1.1), light=(.7, 1.)),
     any=dict(saturation=(.25, 1.35), contrast=(.4, 1.2)),
 )
 
@@ -88,6 +91,7 @@ def _random_scene(
     generator,
     saturation,  # lowest and highest
     contrast,    # lowest and highest
+    light=None,  # lowest and highest; by default 0
 ):
     "A batch of scenes in which everything is random."
     contrasts = _uniform(generator, n, *contrast)
@@ -105,6 +109,7 @@ def _random_scene(
         contrast=contrasts,
         brightness=_uniform(generator, n, -.06, .06),
         camera=_camera(generator, n, zoom=(.95, 1.1), shift=.03),
+        light=_uniform(generator, n, *light) if light else torch.zeros(n),
     )
 
 # %% ../../nbs/1_ground/04_scenes.ipynb #5805248f
@@ -458,6 +463,58 @@ def _background(s, height, width):
     is_floor = ((y - .8) * height + .5).clamp(0, 1)
     return torch.lerp(wall, floor, is_floor).expand(-1, -1, width, -1)
 
+# %% ../../nbs/1_ground/04_scenes.ipynb #3a02ee68
+_SUN_X, _SUN_Y = .2, .24  # in frame heights
+
+def _coordinates(height, width):
+    "Of the pixels, in frame heights: x (1, 1, w, 1) and y (1, h, 1, 1)."
+    x = (torch.arange(width) + .5) / height - (width / height - 1) / 2
+    y = (torch.arange(height) + .5) / height
+    return x.view(1, 1, width, 1), y.view(1, height, 1, 1)
+
+def _sky(s, x, y):
+    "From a cool colour above to a warm one at the horizon, with a sun (n, h, w, 3)."
+    hue, saturation, value = s.back.unbind(1)
+    cool = _rgb(.36 + .54 * hue, .4 + .35 * saturation, .45 + .35 * value)[:, None, None]
+    warm = _rgb((.07 + .04 * s.jitter[:, 3]) % 1, .35 + .25 * saturation, torch.full_like(value, .95))[:, None, None]
+    sky = torch.lerp(cool, warm, (y / .74).clamp(0, 1)**1.3)
+    distance = torch.hypot(x - _SUN_X, y - _SUN_Y)
+    sky = torch.lerp(sky, torch.tensor([1., .93, .74]), .75 * torch.exp(-(distance / .24)**2))
+    return torch.lerp(sky, torch.tensor([1., .98, .9]), ((.075 - distance) * y.shape[1] + .5).clamp(0, 1))
+
+# %% ../../nbs/1_ground/04_scenes.ipynb #a301bfe1
+def _landscape(s, height, width):
+    "Sky, hills and ground (n, h, w, 3)."
+    x, y = _coordinates(height, width)
+    hue, saturation, value = s.back.unbind(1)
+    sky = _sky(s, x, y)
+    hills = torch.lerp(.8 * sky[:, :1, -1:], sky[:, int(.74 * height), -1:][:, None], .35)
+    ridge = .67 + .045 * torch.sin(5.2 * x + 3 * s.jitter[:, 3].view(-1, 1, 1, 1))
+    behind = torch.lerp(sky, hills, ((y - ridge) * height + .5).clamp(0, 1))
+    ground = _rgb((hue + .08) % 1, .3 + .3 * saturation, .45 + .25 * value)[:, None, None] * (3.4 - 2.75 * y)
+    lit = torch.lerp(behind, ground, ((y - .8) * height + .5).clamp(0, 1))
+    return lit * (1.1 - .28 * x)
+
+# %% ../../nbs/1_ground/04_scenes.ipynb #1b32eba9
+def _cast_shadow(video, x, light):
+    "Darken the ground of frames (n, f, h, w, 3) around the animal's place `x` (n, f)."
+    across, down = _coordinates(*video.shape[2:4])
+    dx = (across - x[:, :, None, None, None] - .07) / .26
+    dy = (down - .9) / .075
+    shadow = torch.exp(-(dx**2 + dy**2)**1.5)
+    return video * (1 - .6 * light * shadow)
+
+def _light_edges(video, covered, light):
+    "Brighten edges that face the sun and darken the others, from the covered shares (n, f, h, w)."
+    height = covered.shape[2]
+    cell = max(3, height // 8) | 1
+    soft = covered
+    for _ in range(2): soft = F.avg_pool2d(soft, cell, 1, cell // 2, count_include_pad=False)
+    step = max(1, height // 21)
+    dx = torch.roll(soft, -step, 3) - torch.roll(soft, step, 3)
+    dy = torch.roll(soft, -step, 2) - torch.roll(soft, step, 2)
+    return video * (1 + light * ((.88 * dx - .44 * dy) * covered)[..., None])
+
 # %% ../../nbs/1_ground/04_scenes.ipynb #c22e89c7
 def _film(parts, s):
     "The parts as the scenes' cameras see them, in place."
@@ -477,6 +534,27 @@ def _grade(video, s):
     return (.5 + contrast * (coloured - .5) + brightness).clamp(0, 1)
 
 # %% ../../nbs/1_ground/04_scenes.ipynb #fec6fa14
+def _backdrop(s, height, width):
+    "What stands behind everything, wall or landscape (n, h, w, 3)."
+    wall = _background(s, height, width)
+    if not s.light.any(): return wall
+    return torch.lerp(wall, _landscape(s, height, width), s.light.view(-1, 1, 1, 1))
+
+def _paint_scenes(
+    s,      # scenes that share an activity
+    video,  # (n, f, h, w, 3) their backdrops
+    times,  # as for `layout`
+):
+    "The finished frames before the grade, and the share of each pixel before the backdrop (n, f, h, w)."
+    covered = torch.zeros(video.shape[:4])
+    parts = _film(layout(s, times), s)
+    light = s.light.view(-1, 1, 1, 1, 1)
+    body = parts[:, _THINGS.shape[1]]
+    video = _cast_shadow(video, body[..., X], light)
+    paint(parts, video, covered)
+    return _light_edges(video, covered, light), covered
+
+# %% ../../nbs/1_ground/04_scenes.ipynb #d9604314
 def draw(
     s: Scene,
     frames=8,     # how many, or a tensor of times in frames (fractions, and any first time)
@@ -488,13 +566,10 @@ def draw(
     f = frames if isinstance(frames, int) else len(frames)
     check(min(height, width) >= 8, f'a frame of {height}x{width} pixels is too small to draw: use at least 8x8')
     check(f >= 1, f'cannot draw {f} frames: use at least 1')
-    video = _background(s, height, width)[:, None].expand(-1, f, -1, -1, -1).clone()
+    video = _backdrop(s, height, width)[:, None].expand(-1, f, -1, -1, -1).clone()
     covered = torch.zeros(len(s), f, height, width)
     for activity in s.activity.unique():
         i = (s.activity == activity).nonzero()[:, 0]
-        some, mask = video[i], covered[i]
-        paint(_film(layout(s[i], frames), s[i]), some, mask if cover else None)
-        video[i] = some
-        covered[i] = mask
+        video[i], covered[i] = _paint_scenes(s[i], video[i], frames)
     video = _grade(video, s).permute(0, 1, 4, 2, 3).contiguous()
     return (video, covered[:, :, None]) if cover else video
