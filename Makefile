@@ -51,7 +51,7 @@ clean:  ## remove the environment and what builds left behind
 
 .venv/torch: | .venv
 	@if [ "$(TORCH)" = cpu ] || { [ "$(TORCH)" = auto ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; }; then \
-	  $(bin)/python -m pip install 'torch>=2.6,!=2.13.0' 'torchvision>=0.21' $(cpu_torch) \
+	  $(bin)/python -m pip install 'torch>=2.10,!=2.13.0' 'torchvision>=0.25' $(cpu_torch) \
 	  || echo "PyTorch's CPU index cannot be used here: taking the ordinary build."; fi
 	@touch $@
 
