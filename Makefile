@@ -18,8 +18,10 @@ demo: .venv/installed  ## align the small ModelScope with the aesthetic reward (
 	$(bin)/vader run modelscope-aesthetic --scale small --out runs/demo --resume
 
 test: .venv/developer  ## the export check, all notebooks and all tests
-	OMP_NUM_THREADS=1 $(bin)/pytest tests
-	OMP_NUM_THREADS=1 MPLBACKEND=agg $(bin)/nbdev_test --n_workers 2 --timing
+	@# Side by side: neither keeps two cores busy alone. Both must pass.
+	export OMP_NUM_THREADS=1; $(bin)/pytest tests & tests=$$!; \
+	  MPLBACKEND=agg $(bin)/nbdev_test --n_workers 2 --timing; notebooks=$$?; \
+	  wait $$tests && exit $$notebooks
 
 test-lowest: .venv  ## the tests with the lowest versions that settings.ini allows, in an environment of its own (6 GB)
 	$(PYTHON) -m venv .venv-lowest

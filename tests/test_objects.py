@@ -7,7 +7,7 @@ from transformers import (BertTokenizer, GroundingDinoConfig, GroundingDinoForOb
                           YolosForObjectDetection, YolosImageProcessor)
 
 from vader_nb.core import VaderError, make_generator
-from vader_nb.pretrain.objects import Pupil, assign, average_precision, borrow, boxes, detection_loss, make_yolos, match, patch_truth, surround, targets
+from vader_nb.pretrain.objects import PatchDetector, assign, average_precision, borrow, boxes, detection_loss, make_yolos, match, patch_truth, surround, targets
 from vader_nb.rewards.base import check_reward, reward_gradient
 from vader_nb.rewards import objects
 from vader_nb.rewards.objects import GroundingDino, ObjectRemoval, Yolos, detector_size, detector_view, hard_confidence, load_objects, smooth_max
@@ -228,7 +228,7 @@ def test_loss_is_transformers_own():
 
 def test_pupil_answers_as_its_detector():
     net, x = seeded(make_yolos).eval(), torch.rand(2, 3, 64, 64, generator=make_generator(0))
-    logits, guesses, patches = Pupil(net)(x)
+    logits, guesses, patches = PatchDetector(net)(x)
     out = net(imagenet_normalise(x))
     assert torch.allclose(logits, out.logits) and torch.allclose(guesses, out.pred_boxes) and patches.shape == (2, 64, 3)
 

@@ -9,7 +9,7 @@ from vader_nb.cli import main
 from vader_nb.core import VaderError, make_generator, read_json
 from vader_nb.experiments.registry import EXPERIMENTS, Experiment, experiment_config, load
 from vader_nb.memory import planner, simulate as fullsize
-from vader_nb.memory.meter import Reading, Recall, measure, networks
+from vader_nb.memory.meter import Reading, OpCache, measure, networks
 from vader_nb.memory.planner import (
     LARGER, SETS, arithmetic, cache_folder, cached, config_for, describe, own_size, panel, plan, sets_for, survey,
 )
@@ -288,21 +288,21 @@ def test_a_changed_adapter_is_another_question(monkeypatch, tmp_path):
 def test_remembered_shapes_change_no_figure(monkeypatch):
     config = replace(config_for('tiny', 'contrast', K=2), rank=4)
     before = simulate('tiny', 'contrast', config, 'checkpointing batch_slicing activation_offload')
-    monkeypatch.setattr(Recall, '__call__', lambda self, func, args, kw: func(*args, **kw))
+    monkeypatch.setattr(OpCache, '__call__', lambda self, func, args, kw: func(*args, **kw))
     assert simulate('tiny', 'contrast', config, 'checkpointing batch_slicing activation_offload') == before
 
 def test_what_is_remembered_is_new_and_of_meta():
-    recall, ops = Recall(), torch.ops.aten
+    ops_seen, ops = OpCache(), torch.ops.aten
     x = torch.empty(4, 6, device='meta').t()
     def same(op, *args):
-        first, again = [recall(op, args, {}) for _ in range(2)]
+        first, again = [ops_seen(op, args, {}) for _ in range(2)]
         assert (first.shape, first.stride(), first.dtype) == (again.shape, again.stride(), again.dtype)
         return first.untyped_storage()._cdata, again.untyped_storage()._cdata, x.untyped_storage()._cdata
-    assert len(set(same(ops.add.Tensor, x, 1))) == 3 and len(recall.known) == 1
+    assert len(set(same(ops.add.Tensor, x, 1))) == 3 and len(ops_seen.known) == 1
     for op, *args in ((ops.t.default, x), (ops._unsafe_view.default, x, [6, 4]), (ops.mul_.Tensor, x, 2)): assert len(set(same(op, *args))) == 1
-    assert len(recall.known) == 1
-    assert recall(ops.add.Tensor, (torch.ones(2), torch.ones(2)), {}).tolist() == [2, 2] and len(recall.known) == 1  # numbers are computed
-    assert recall(ops.mul.Tensor, (x, 2), {}).dtype == torch.float32 and recall(ops.mul.Tensor, (torch.empty(3, dtype=torch.int64, device='meta'), 2.), {}).dtype == torch.float32
-    for _ in range(2): assert recall(ops._assert_tensor_metadata.default, (x,), {}) is None
-    a, b = recall(ops.split.Tensor, (x, 3), {}), recall(ops.cat.default, ([x, x], 1), {})
-    assert len(a) == 2 and b.shape == recall(ops.cat.default, ([x, x], 1), {}).shape == (6, 8)
+    assert len(ops_seen.known) == 1
+    assert ops_seen(ops.add.Tensor, (torch.ones(2), torch.ones(2)), {}).tolist() == [2, 2] and len(ops_seen.known) == 1  # numbers are computed
+    assert ops_seen(ops.mul.Tensor, (x, 2), {}).dtype == torch.float32 and ops_seen(ops.mul.Tensor, (torch.empty(3, dtype=torch.int64, device='meta'), 2.), {}).dtype == torch.float32
+    for _ in range(2): assert ops_seen(ops._assert_tensor_metadata.default, (x,), {}) is None
+    a, b = ops_seen(ops.split.Tensor, (x, 3), {}), ops_seen(ops.cat.default, ([x, x], 1), {})
+    assert len(a) == 2 and b.shape == ops_seen(ops.cat.default, ([x, x], 1), {}).shape == (6, 8)

@@ -221,8 +221,8 @@ def test_the_denoisers_loss(small_vae, tok, tmp_path):
     dropped = [bool((t == batches.empty[0]).all()) for i in range(100) for t in batches(make_generator(i), 2)[1]]
     assert 8 <= sum(dropped) <= 32, 'one caption in ten is empty'
 
-def test_the_exam():
-    asked = [parse(p) for p in modelscope.exam()]
+def test_the_evaluation_prompts():
+    asked = [parse(p) for p in modelscope.eval_prompts()]
     assert len(asked) == 200 and all(a['hat'] == -1 and a['activity'] < 3 for a in asked[:120])
     assert all(a['hat'] == 1 for a in asked[120:160]) and {a['activity'] for a in asked[160:]} == {3, 4}
     assert all({a['animal'] for a in asked[i:j]} == set(range(len(ANIMALS))) for i, j in ((0, 120), (120, 160), (160, 200)))

@@ -232,7 +232,7 @@ class DPMpp(Sampler):
 class Euler(Sampler):
     "Euler steps on EDM's noise levels."
 
-    timesteps: Tensor            # (T,) what the network is told
+    timesteps: Tensor            # (T,) the times that the network gets
     sigmas: list                 # T+1 noise levels, before the first step and after each
     prediction: str = 'epsilon'  # or 'v_prediction', 'sample'
     init_sigma: float = 1.0
@@ -249,7 +249,7 @@ class Euler(Sampler):
 class RFlow(Sampler):
     "Euler steps of rectified flow."
 
-    timesteps: Tensor  # (T,) what the network is told
+    timesteps: Tensor  # (T,) the times that the network gets
     sigmas: list       # T+1 places on the line, from 1 (noise) to 0 (data)
     prediction = 'flow_prediction'
 

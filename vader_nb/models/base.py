@@ -21,7 +21,7 @@ from ..zoo import DUMMY
 # %% ../../nbs/3_models/00_base.ipynb #6ab5094f
 @dataclass
 class Condition:
-    "What the denoiser is told besides the latents and the time, for a batch of clips."
+    "What the denoiser gets besides the latents and the time, for a batch of clips."
 
     embeds: torch.Tensor                       # (b, ...), made from the prompts or images
     uncond: torch.Tensor                       # the same for the empty prompt, used under guidance

@@ -47,7 +47,7 @@ def flow_sampler(
     steps,  # T
     r,      # from `flow_ratio`
 ) -> RFlow:
-    "Open-Sora's places on the line; each is where the network is told to be, and where its step begins."
+    "Open-Sora's places on the line; each is the time that the network gets, and where its step begins."
     sigmas = [r * s / (1 + (r - 1) * s) for s in (1 - i / steps for i in range(steps))]
     return RFlow(1000 * torch.tensor(sigmas), [*sigmas, 0.0])
 
@@ -228,17 +228,17 @@ def read_state(
 def configured(
     cls,     # one of our networks
     folder,  # with config.json
-    **more,  # sizes that are not told there
+    **more,  # sizes that are not named there
 ):
     "A network of that class without weights, of the sizes in `config.json`; what that does not tell is as published."
     from inspect import signature
 
-    told = {k: v for k, v in read_json(Path(folder) / 'config.json').items() if k in signature(cls).parameters}
-    told = {
-        k: v for k, v in told.items() if not (isinstance(v, dict) and 'from_pretrained' in v)
+    settings = {k: v for k, v in read_json(Path(folder) / 'config.json').items() if k in signature(cls).parameters}
+    settings = {
+        k: v for k, v in settings.items() if not (isinstance(v, dict) and 'from_pretrained' in v)
     }  # the published VAE names its parts' folders there
     with torch.device('meta'):
-        return cls(**{**told, **more})
+        return cls(**{**settings, **more})
 
 
 def open_stdit3(folder) -> STDiT3:

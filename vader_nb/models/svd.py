@@ -320,7 +320,7 @@ def file_version(image):
 
 
 @patch
-def look(self: SVD, image, height, width):
+def views(self: SVD, image, height, width):
     "CLIP's vector (1, d) of a start image and its pixels (3, h, w); kept if the image has a name."
     key = image, file_version(image), height, width
     if isinstance(image, (str, Path)) and key in self.cache:
@@ -361,7 +361,7 @@ def encode(
         f'fps is {fps}, motion {motion}, noise {noise}: they must be at least 1, from 0 to 255, and not negative',
     )
     _, h, w = self.size(frames, height, width)
-    embeds, pixels = map(torch.stack, zip(*[self.look(i, h, w) for i in check_images(images)]))
+    embeds, pixels = map(torch.stack, zip(*[self.views(i, h, w) for i in check_images(images)]))
     latents = self.image_latents(pixels, noise, generator or make_generator(0))
     ids = torch.tensor([[fps - 1.0, motion, noise]], device=embeds.device).expand(
         len(embeds), -1

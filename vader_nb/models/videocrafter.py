@@ -149,7 +149,7 @@ class VideoCrafter(VideoModel):
         vae,
         read,                        # function: texts -> (b, tokens, width)
         native_size=(16, 320, 512),  # frames, height, width of a clip where none are asked for
-        fps=24,                      # frames a second that the network is told
+        fps=24,                      # frames a second, an input of the network
     ):
         from diffusers import DDIMScheduler
 

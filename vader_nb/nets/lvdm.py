@@ -58,7 +58,7 @@ class TemporalConv(nn.Module):
 
 # %% ../../nbs/3_models/03_lvdm.ipynb #83b96a0a
 class ResBlock(nn.Module):
-    """Two convolutions in space that are told the time step, then `TemporalConv` (the checkpoint's names, `temopral`
+    """Two convolutions in space that get the time step, then `TemporalConv` (the checkpoint's names, `temopral`
     included).
     """
 
@@ -258,7 +258,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Sequential):
-    "Layers one after the other, each told the time and the text."
+    "Layers one after the other, each with the time and the text."
 
     def forward(self, x, emb, text):
         for layer in self:

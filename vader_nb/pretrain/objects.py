@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ABOUT', 'surround', 'boxes', 'through_vae', 'pictures', 'batch', 'cost_table', 'assign', 'match', 'borrow',
-           'first_weights', 'make_yolos', 'patch_truth', 'Pupil', 'targets', 'detection_loss', 'lesson',
+           'first_weights', 'make_yolos', 'patch_truth', 'PatchDetector', 'targets', 'detection_loss', 'training_loss',
            'average_precision', 'marks', 'quality', 'main']
 
 # %% ../../nbs/zoo/08_objects.ipynb #13d834d3
@@ -260,7 +260,7 @@ def patch_truth(
     return shown.flatten(1)
 
 # %% ../../nbs/zoo/08_objects.ipynb #2bfe3ea2
-class Pupil(torch.nn.Module):
+class PatchDetector(torch.nn.Module):
     "The detector and what it needs only while it learns."
 
     def __init__(
@@ -306,14 +306,14 @@ def detection_loss(
     )
 
 
-def lesson(
-    # a `Pupil`, frames (n, 3, 64, 64) in [0, 1], boxes (n, 2, 4)
-    pupil,
+def training_loss(
+    # a `PatchDetector`, frames (n, 3, 64, 64) in [0, 1], boxes (n, 2, 4)
+    detector,
     x,
     truth,
 ):
     "The loss of one batch, and its parts."
-    logits, guesses, patches = pupil(x)
+    logits, guesses, patches = detector(x)
     parts = detection_loss(logits, guesses, truth)
     dense = F.cross_entropy(patches.transpose(1, 2), patch_truth(truth), weight=torch.tensor([1.0, 1.0, 0.1]))
     loss = 2 * parts['loss_ce'] + 5 * parts['loss_bbox'] + 2 * parts['loss_giou'] + 3 * dense
@@ -411,11 +411,11 @@ def main(argv=None):
     )
     vae = AutoencoderKL.from_pretrained(a.vae).float().eval().requires_grad_(False)
     torch.manual_seed(8)
-    pupil = Pupil(make_yolos(load_net(CLIPVisionModelWithProjection, a.clip)))
+    detector = PatchDetector(make_yolos(load_net(CLIPVisionModelWithProjection, a.clip)))
     pool = _pool(Path(a.out) / 'data.pt', a, vae)
     pretrain(
-        pupil,
-        lambda g, step: lesson(pupil, *batch(pool, g)),
+        detector,
+        lambda g, step: training_loss(detector, *batch(pool, g)),
         a.steps,
         a.out,
         lr=1e-3,

@@ -16,7 +16,7 @@ from ..nets.text import open_text
 from ..nets.stdit3 import STDiT3
 from ..diffusion.rollout import sample
 from .loop import options, pretrain, write_card
-from .modelscope import exam, judge_exam
+from .modelscope import eval_prompts, judge_samples
 from .opensora_vae import frame_latents
 from ..zoo import load_net
 
@@ -132,15 +132,15 @@ def flow_loss(
 
 # %% ../../nbs/zoo/11_opensora.ipynb #a3420fa9
 def quality(model, steps=20, guidance=4.0):
-    "What the judges say of samples of the exam, as a dict."
-    prompts = exam()
+    "What the judges say of samples of the evaluation, as a dict."
+    prompts = eval_prompts()
     video = torch.cat(
         [
             sample(model, prompts[i : i + 20], steps, guidance, seed=i, kind='rflow')[:, ::2]
             for i in range(0, len(prompts), 20)
         ]
     )
-    return judge_exam(video) | {'guidance': guidance, 'flow steps': steps}
+    return judge_samples(video) | {'guidance': guidance, 'flow steps': steps}
 
 # %% ../../nbs/zoo/11_opensora.ipynb #a29561ec
 ABOUT = ('An `STDiT3` (Open-Sora 1.2) that draws dull clips of 17 frames of the small world from noisy captions; '

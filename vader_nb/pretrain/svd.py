@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNKS', 'PACE', 'SCHEDULER', 'ABOUT', 'INDEX', 'make_unet', 'make_vae', 'stretches', 'crops', 'decoder_loss',
            'vae_loss', 'resample', 'stretch_patches', 'make_image_encoder', 'motion_bucket', 'first_frames', 'Starts',
-           'exam', 'pace', 'quality', 'write_parts', 'measure', 'main']
+           'eval_clips', 'pace', 'quality', 'write_parts', 'measure', 'main']
 
 # %% ../../nbs/zoo/14_svd.ipynb #a2e9be41
 from pathlib import Path
@@ -284,7 +284,7 @@ def svd_loss(
 
 # %% ../../nbs/zoo/14_svd.ipynb #bad7017c
 @torch.no_grad()
-def exam(
+def eval_clips(
     # a seed that no training uses
     n=200,
     seed=1_000_003,
@@ -308,8 +308,8 @@ def quality(
     guidance=2.0,
     seed=0,
 ):
-    "Clips made from the first frames of the exam, and what the judges say of them as a dict."
-    true, text = exam(n)
+    "Clips made from the first frames of the evaluation, and what the judges say of them as a dict."
+    true, text = eval_clips(n)
     video = torch.cat(
         [sample(model, list(true[i : i + 20, 0]), steps, guidance, seed + i, 'euler') for i in range(0, n, 20)]
     )
