@@ -10,6 +10,7 @@ from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_fit, tiny_model, tiny_tr
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora
 from vader_nb.memory.lora import saved_bytes
+from vader_nb.zoo import load_reward
 from vader_nb.rewards.base import reward_from
 from vader_nb.diffusion.rollout import sample
 from vader_nb.training.run_folder import checkpoints, run_inputs
@@ -356,4 +357,28 @@ def test_what_the_model_cannot_do_is_said_before_the_run(tmp_path, changes, word
 @pytest.mark.parametrize('prompts', [[''], ['a panda riding a bike with a fox with a fox with a fox'], []])
 def test_prompts_are_checked_before_the_run(tmp_path, prompts):
     with pytest.raises(VaderError): list(fit(tiny_model(), bright(), prompts, Config(**TINY), tmp_path/'run'))
+    assert not (tmp_path/'run').exists()
+
+
+# A reward of one's own
+
+@pytest.mark.parametrize('score, words', [
+    (lambda r, v: v.mean((2, 3, 4)).flatten(), r'shape \(2,\), not \(8,\)'), (lambda r, v: r.mean(0, keepdim=True), r'shape \(2,\), not \(1,\)'),
+    (lambda r, v: r[:, None], r'shape \(2,\), not \(2, 1\)'), (lambda r, v: v.mean((2, 3, 4)), r'shape \(2,\), not \(2, 4\)'), (lambda r, v: r.tolist(), 'a float tensor .* not list'),
+    (lambda r, v: r.round().long(), 'a float tensor .* not a tensor of torch.int64'), (lambda r, v: r.detach(), 'not differentiable'), (lambda r, v: r.sum(), r'shape \(2,\), not \(\)')])
+def test_a_users_reward_that_returns_something_else(tmp_path, score, words):
+    mine = reward_from(lambda video, prompts: score(video.mean((1, 2, 3, 4)), video), 'mine', 'clip')
+    with pytest.raises(VaderError, match=f'mine .*{words}') as e: list(fit(tiny_model(), mine, PROMPTS, Config(**TINY, train_steps=1), tmp_path))
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('name', ['step', 'loss', 'seconds', 'peak_memory', 'gradient_norm'])
+def test_a_users_reward_with_the_name_of_a_column(tmp_path, name):
+    mine = reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)), name)
+    for reward in (mine, mine + bright()):
+        with pytest.raises(VaderError, match=f"{name}.*another name"): list(fit(tiny_model(), reward, PROMPTS, Config(**TINY, train_steps=1), tmp_path/'run'))
+    assert not (tmp_path/'run').exists()
+
+def test_a_prompt_that_the_reward_cannot_read_is_found_before_the_run(tmp_path):
+    with pytest.raises(VaderError, match='names no action'):
+        list(fit(tiny_model(), load_reward('action') + bright(), PROMPTS[:1], Config(**TINY, train_steps=1), tmp_path/'run', eval_prompts=['a fox with a hat']))
     assert not (tmp_path/'run').exists()

@@ -111,6 +111,10 @@ class Action(Reward):
             self.net(action_view(video, c.num_frames, c.image_size).to(self.net.dtype)).logits.float().log_softmax(-1)
         )
 
+    def check_prompts(self, prompts):
+        for prompt in prompts:
+            find_class(prompt, self.index)
+
     def score(self, video, prompts, generator):
         wanted = torch.tensor([[self.index[find_class(p, self.index)]] for p in prompts], device=video.device)
         log_p = self.log_probabilities(video).gather(1, wanted)[:, 0]

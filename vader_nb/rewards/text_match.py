@@ -48,6 +48,9 @@ class TextMatch(Reward):
         self._texts.clear()
         return super()._apply(fn, *args, **kw)
 
+    def check_prompts(self, prompts):
+        self.texts(prompts)
+
     def score(self, video, prompts, generator):
         images = from_frames(self.images(to_frames(video)), len(video))
         return self.scale * (images * self.texts(prompts)[:, None]).sum(2).mean(1)
