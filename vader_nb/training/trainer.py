@@ -625,7 +625,8 @@ def check_reward_names(
     terms = getattr(reward, 'rewards', None)
     names = {reward.name} if terms is None else {term.name for term in terms}
     taken = names & (_columns if terms is None else _columns | {'reward'})
-    check(not taken, f'a reward is called {", ".join(sorted(taken))!r}, as a column of the log is: give it another name')
+    listed = ', '.join(sorted(taken))
+    check(not taken, f'a reward is called {listed!r}, as a column of the log is: give it another name')
 
 # %% ../../nbs/7_training/03_trainer.ipynb #f3e959f2
 @patch
