@@ -162,3 +162,10 @@ with true_float32(): print(set(read()), b.cuda.matmul.allow_tf32, b.cudnn.allow_
 print(read() == before, before[0])"""
     said = subprocess.run([sys.executable, '-c', run], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said == ["{'ieee'} False False", 'True tf32']
+
+
+def test_a_video_on_another_device_is_one_line():
+    from vader_nb.zoo import load_reward
+    reward = load_reward('aesthetic', device='cpu')
+    for r in (reward, 2 * reward + bright):
+        with pytest.raises(VaderError, match="the video for aesthetic is on meta, but must be on cpu: move it with .to\\('cpu'\\)"): r(torch.rand(1, 2, 3, 64, 64, device='meta'))

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import check, make_generator, randn, to_frames, true_float32
+from ..core import check, check_device, make_generator, randn, to_frames, true_float32
 
 # %% ../../nbs/4_method/03_reward.ipynb #f8f05e17
 def check_video(
@@ -121,6 +121,13 @@ def _own_precision(video):
     return nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False)
 
 
+def _check_home(reward, video):
+    "Raise `VaderError` unless the video is where the reward's weights are."
+    weight = next(reward.parameters(), None)
+    if weight is not None and torch.is_tensor(video):
+        check_device(video, weight.device, f'the video for {reward.name}')
+
+
 @patch
 def parts(
     self: Reward,
@@ -129,6 +136,7 @@ def parts(
     generator=None,  # for rewards that draw at random (masks): one draw per call, shared by the batch
 ):
     "Each term's unweighted score, as a dict from name to (b,)."
+    _check_home(self, video)
     check_video(video, prompts, self.min_frames, self.needs_prompts)
     with _own_precision(video):
         scores = self.score(video, prompts, generator)
