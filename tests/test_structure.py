@@ -98,10 +98,30 @@ def test_no_star_imports():
     assert not stars
 
 
+def public_names(path):
+    "What `__all__` of a module holds."
+    body = ast.parse(path.read_text(encoding='utf8')).body
+    return next((ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign) and n.targets[0].id == '__all__'), [])
+
+FOR_USERS = {'Animal', 'KIND', 'load_grounding_dino'}  # to add an animal, to read a shape's row, to load a detector alone
+
+def test_every_public_name_is_used():
+    "By another module, a cell that is no part of the library, a test, a tool or a page; what only its own module needs is `exporti`."
+    words = lambda text: set(re.findall(r'\w+', text))
+    here = {p: words(p.read_text(encoding='utf8')) for p in modules}
+    cells = [s for p in paths for s in code(p) if not re.match(r'#\|\s*export', s)]
+    texts = [*(root/'tests').glob('*.py'), *(root/'tools').glob('*.py'), *root.glob('*.md'), root/'Makefile']
+    outside = words('\n'.join(cells + [p.read_text(encoding='utf8') for p in texts if p != Path(__file__)]))
+    public = {p: public_names(p) for p in modules}
+    unused = {n for p in modules for n in public[p] if n not in outside and not any(n in here[q] for q in modules if q != p)}
+    assert sum(map(len, public.values())) > 500
+    assert unused == FOR_USERS
+
+
 @pytest.mark.parametrize('path', modules, ids=[str(p.relative_to(root/'vader_nb')) for p in modules])
 def test_exported_functions_have_docstrings(path):
     t = ast.parse(path.read_text(encoding='utf8'))
-    public = next((ast.literal_eval(n.value) for n in t.body if isinstance(n, ast.Assign) and n.targets[0].id == '__all__'), [])
+    public = public_names(path)
     mute = [n.name for n in t.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in public and not ast.get_docstring(n)]
     assert not mute
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['per_frame', 'zero', 'TemporalConv', 'ResBlock', 'Attention', 'TransformerBlock', 'SpatialTransformer',
-           'TemporalTransformer', 'sinusoid', 'Downsample', 'Upsample', 'Stage', 'res_block', 'transformers', 'stage',
-           'down_stages', 'skip_widths', 'up_stages', 'LVDM', 'lvdm_key', 'from_unet3d']
+           'TemporalTransformer', 'sinusoid', 'Stage', 'transformers', 'stage', 'skip_widths', 'up_stages', 'LVDM',
+           'lvdm_key', 'from_unet3d']
 
 # %% ../../nbs/3_models/03_lvdm.ipynb #fe7e7187
 import math, re
@@ -234,7 +234,7 @@ def sinusoid(
     angles = t.float()[:, None] * torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2)))
     return torch.cat([angles.cos(), angles.sin()], 1)
 
-# %% ../../nbs/3_models/03_lvdm.ipynb #e5d6133e
+# %% ../../nbs/3_models/03_lvdm.ipynb #4211d1e0
 class Downsample(nn.Module):
     "Half the height and width."
 
@@ -256,7 +256,7 @@ class Upsample(nn.Module):
     def forward(self, x, emb, text):
         return per_frame(lambda p: self.conv(F.interpolate(p, scale_factor=2.0)), x)
 
-
+# %% ../../nbs/3_models/03_lvdm.ipynb #e5d6133e
 class Stage(nn.Sequential):
     "Layers one after the other, each with the time and the text."
 
@@ -265,7 +265,7 @@ class Stage(nn.Sequential):
             x = layer(x, emb, text)
         return x
 
-# %% ../../nbs/3_models/03_lvdm.ipynb #7d276ed7
+# %% ../../nbs/3_models/03_lvdm.ipynb #482c9dbc
 def res_block(
     # channels in and out, sizes of an `LVDM`
     i,
@@ -275,7 +275,7 @@ def res_block(
     "The residual block of a network of these sizes."
     return ResBlock(i, o, 4 * s['channels'], s['groups'])
 
-
+# %% ../../nbs/3_models/03_lvdm.ipynb #7d276ed7
 def transformers(
     # channels, sizes of an `LVDM`
     c,
@@ -296,7 +296,7 @@ def stage(
     o = s['channels'] * s['mults'][level]
     return Stage(res_block(i, o, s), *(transformers(o, s) if level < s['attend'] else []))
 
-# %% ../../nbs/3_models/03_lvdm.ipynb #d9cdac53
+# %% ../../nbs/3_models/03_lvdm.ipynb #b8572d20
 def down_stages(
     s,  # sizes of an `LVDM`
 ):
@@ -309,7 +309,7 @@ def down_stages(
         if level < last:
             yield Stage(Downsample(i))
 
-
+# %% ../../nbs/3_models/03_lvdm.ipynb #d9cdac53
 def skip_widths(
     s,  # sizes of an `LVDM`
 ):

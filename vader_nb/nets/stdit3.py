@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PatchEmbed', 'unpatch', 'frequencies', 'places', 'turn', 'Rope', 'CrossAttention', 'STDiT3Block', 'Captions',
-           'FinalLayer', 'STDiT3']
+           'STDiT3']
 
 # %% ../../nbs/3_models/05_stdit3.ipynb #bb4ee35a
 import torch
@@ -179,7 +179,7 @@ class STDiT3Block(nn.Module):
         x = x + self.cross_attn(x.flatten(1, 2), y, mask).view_as(x)
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
-# %% ../../nbs/3_models/05_stdit3.ipynb #04b83d4f
+# %% ../../nbs/3_models/05_stdit3.ipynb #7c24980b
 class Captions(nn.Module):
     "Word vectors (b, words, channels) to tokens (b, words, dim); also keeps those of the empty caption."
 
@@ -191,7 +191,7 @@ class Captions(nn.Module):
     def forward(self, y):
         return self.y_proj(y)
 
-
+# %% ../../nbs/3_models/05_stdit3.ipynb #04b83d4f
 class FinalLayer(nn.Module):
     "Tokens (b, f, s, dim) to patches (b, f, s, numbers of a patch)."
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MASKS', 'PARTS', 'VJepaConfig', 'position_table', 'stretch', 'block_size', 'block_mask', 'draw_masks',
-           'half_masks', 'Attention', 'Perceptron', 'Block', 'take', 'Encoder', 'Predictor', 'VJepa', 'masked_error',
-           'published_state', 'load_vjepa_net', 'save_vjepa_net']
+           'half_masks', 'Attention', 'Block', 'take', 'Encoder', 'Predictor', 'VJepa', 'masked_error',
+           'load_vjepa_net', 'save_vjepa_net']
 
 # %% ../../nbs/5_rewards/07_vjepa_net.ipynb #840568ad
 import math
@@ -127,7 +127,7 @@ def half_masks(
     first, second = torch.arange(math.prod(grid)).tensor_split((grid[0] // 2 * grid[1] * grid[2],))
     return [(first, second), (second, first)]
 
-# %% ../../nbs/5_rewards/07_vjepa_net.ipynb #8d0aaed1
+# %% ../../nbs/5_rewards/07_vjepa_net.ipynb #c66e57b2
 class Attention(nn.Module):
     "Self-attention with queries, keys and values from one matrix."
 
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-
+# %% ../../nbs/5_rewards/07_vjepa_net.ipynb #6c84ab4e
 class Perceptron(nn.Module):
     "Two layers, four times as wide in between."
 
@@ -153,7 +153,7 @@ class Perceptron(nn.Module):
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
-
+# %% ../../nbs/5_rewards/07_vjepa_net.ipynb #8d0aaed1
 class Block(nn.Module):
     "One layer of the transformer: (b, n, dim) -> (b, n, dim)."
 
@@ -269,10 +269,10 @@ def masked_error(
     guess = [net.predict(clips, v, h, i % len(MASKS)) for i, (v, h) in enumerate(masks)]
     return torch.stack([(g - take(targets, h)).float().abs().mean((1, 2)) for g, (_, h) in zip(guess, masks)]).mean(0)
 
-# %% ../../nbs/5_rewards/07_vjepa_net.ipynb #8ab3a128
+# %% ../../nbs/5_rewards/07_vjepa_net.ipynb #0dbecf50
 PARTS = ('encoder', 'target_encoder', 'predictor')
 
-
+# %% ../../nbs/5_rewards/07_vjepa_net.ipynb #8ab3a128
 def published_state(
     path,  # `vitl16.pth.tar`
 ):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULER', 'SIZES', 'HATS', 'ABOUT', 'INDEX', 'make_unet', 'chunk', 'embed', 'Batches', 'unet_loss', 'eval_prompts',
-           'judge_samples', 'quality', 'write_pipeline', 'measure', 'main']
+           'judge_samples', 'quality', 'measure', 'main']
 
 # %% ../../nbs/zoo/04_modelscope.ipynb #db1671f9
 from pathlib import Path
@@ -203,7 +203,7 @@ def quality(
     video = torch.cat([sample(model, prompts[i : i + 20], steps, guidance, seed=seed + i) for i in range(0, 200, 20)])
     return video, judge_samples(video) | {'guidance': guidance, 'DDIM steps': steps}
 
-# %% ../../nbs/zoo/04_modelscope.ipynb #eede780c
+# %% ../../nbs/zoo/04_modelscope.ipynb #24490cc7
 ABOUT = ('A `UNet3DConditionModel` that draws dull clips of the small world from noisy captions; uses the small VAE '
          'and the text tower of the small CLIP.')
 INDEX = dict(
@@ -216,7 +216,7 @@ INDEX = dict(
     tokenizer=['transformers', 'CLIPTokenizer'],
 )
 
-
+# %% ../../nbs/zoo/04_modelscope.ipynb #eede780c
 def write_pipeline(
     # in the precision to be written
     unet,
