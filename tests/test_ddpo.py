@@ -1,6 +1,5 @@
 "DDPO: ratios of 1, the exact policy gradient where it is known, bad input, a kill in the middle of the inner epochs."
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_trainer
+from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_trainer, two_processes
 from vader_nb.config import Config
 from vader_nb.core import VaderError, make_generator, randn
 from vader_nb.diffusion.samplers import DDIM
@@ -262,10 +261,7 @@ def test_what_a_prompt_got_survives_a_resume(tmp_path):
 
 def test_two_processes_are_one(tmp_path):
     changes = dict(INNER, batch_size=4, train_steps=5, advantage='prompt')
-    port = str(29600 + os.getpid() % 300)
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', port]
-    program = [*launch, here/'tiny_run.py', tmp_path/'two', json.dumps(changes)]
-    two = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    two = two_processes(tmp_path/'two', changes)
     list(tiny_fit(tmp_path/'one', changes=changes))
     assert two.wait() == 0, two.stderr.read()
     for a, b in zip(timeless(tmp_path/'one'), timeless(tmp_path/'two')):

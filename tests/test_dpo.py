@@ -1,15 +1,12 @@
 "Diffusion-DPO: log 2 at first, the winner's gain, pairs from a file, bad input, exact resume within inner epochs."
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer
+from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer, two_processes
 from vader_nb.config import Config
 from vader_nb.core import VaderError, make_generator
 from vader_nb.diffusion.schedules import alpha_bars
@@ -283,10 +280,7 @@ def test_a_run_left_in_the_middle_of_its_inner_epochs_goes_on_bit_for_bit(unbrok
 
 def test_two_processes_are_one(tmp_path):
     changes = dict(INNER, batch_size=4, train_steps=4)
-    port = str(29900 + os.getpid() % 99)
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', port]
-    program = [*launch, here/'tiny_run.py', tmp_path/'two', json.dumps(changes)]
-    two = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    two = two_processes(tmp_path/'two', changes)
     list(tiny_fit(tmp_path/'one', changes=changes))
     assert two.wait() == 0, two.stderr.read()
     for a, b in zip(timeless(tmp_path/'one'), timeless(tmp_path/'two')):

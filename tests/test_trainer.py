@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest, torch
 from tiny_models import tiny_pipeline
-from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer
+from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer, two_processes
 from vader_nb.core import VaderError, make_generator
 from vader_nb.memory.lora import add_lora
 from vader_nb.memory.lora import saved_bytes
@@ -237,8 +237,7 @@ def test_a_loop_may_be_left(tmp_path):
 
 def test_two_processes_are_one(tmp_path):
     changes = dict(train_steps=2, batch_size=4, gradient_accumulation_steps=2, where='last', eta=1.)
-    port = str(29600 + os.getpid() % 300)
-    two = command('-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port', port, here/'tiny_run.py', tmp_path/'two', json.dumps(changes))
+    two = two_processes(tmp_path/'two', changes)
     list(tiny_fit(tmp_path/'one', changes=changes))
     assert two.wait() == 0, two.stderr.read()
     one, two = [torch.load(checkpoints(tmp_path/n)[-1], weights_only=True)['optimizer']['state'] for n in ('one', 'two')]

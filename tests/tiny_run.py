@@ -1,5 +1,5 @@
 "A training run on a tiny random model; also as a program: `python tests/tiny_run.py FOLDER 'CHANGES AS JSON' [--resume]`."
-import json, sys
+import json, os, subprocess, sys
 import torch
 from tiny_models import tiny_parts, tiny_pipeline
 from vader_nb.models.modelscope import ModelScope
@@ -46,6 +46,14 @@ def tiny_fit(folder, model=None, reward=None, chance=0., changes=None, **how):
 def tiny_trainer(folder, **changes):
     "A trainer that is ready to train."
     return Trainer(tiny_model(), bright(), PROMPTS, Config(**{**TINY, **changes}), folder).setup()
+
+
+def two_processes(folder, changes):
+    "The same run as a program of two processes, begun; wait for it and read its errors."
+    port = str(29600 + os.getpid() % 300)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', port]
+    program = [*launch, __file__, str(folder), json.dumps(changes)]
+    return subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 if __name__ == '__main__':
