@@ -217,6 +217,15 @@ def test_a_question_is_simulated_once(monkeypatch):
     cached('tiny', 'contrast', c, 'checkpointing'), cached('tiny', 'contrast', replace(c, K=2)), cached('tiny', 'contrast', c, rounds=3)
     assert len(calls) == 4
 
+@pytest.mark.parametrize('damage', ['', '{"peak": 1', 'null', '{"speed": 3}'])
+def test_a_damaged_answer_is_simulated_again(monkeypatch, damage):
+    calls, c = [], config_for('tiny', 'contrast')
+    monkeypatch.setattr(planner, 'simulate', lambda *a, **k: calls.append(a) or Reading(5, dict(weights=5), dict(denoiser=1.), dict(denoiser=1.), 0))
+    first = cached('tiny', 'contrast', c)
+    for file in cache_folder().glob('*.json'): file.write_text(damage)
+    assert cached('tiny', 'contrast', c) == first and len(calls) == 2
+    assert cached('tiny', 'contrast', c) == first and len(calls) == 2
+
 def test_a_decoder_of_neighbours_is_not_sliced():
     assert all('vae_slicing' not in s for name in ('svd', 'wan') for s in sets_for(name)) and any('vae_slicing' in s for s in sets_for('modelscope'))
 

@@ -74,7 +74,7 @@ def cached(
     versions = [fingerprint(), torch.__version__, diffusers.__version__]
     question = [*versions, base, reward, asdict(config), tricks, rounds, lora]
     path = cache_folder() / (hashlib.sha256(json.dumps(question).encode()).hexdigest()[:24] + '.json')
-    if path.exists():
+    with suppress(VaderError, TypeError):  # where there is no entry, or a damaged one
         return Reading(**read_json(path))
     reading = simulate(base, reward, config, tricks, rounds, lora, **how)
     with suppress(VaderError):  # where nothing can be written, the next question is simulated again
