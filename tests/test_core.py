@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest, torch
-from vader_nb.core import VaderError, atomic_path, check, check_device, check_writable, default_dtype, from_frames, make_generator, pick_device, pick_dtype, randn, read_json, reason, suggest, swap_cf, to_frames, write_json
+from vader_nb.core import VaderError, atomic_path, check, check_device, check_writable, default_dtype, from_frames, make_generator, pick_device, pick_dtype, placement, randn, read_json, reason, suggest, swap_cf, to_frames, write_json
 
 root = Path(__file__).resolve().parent.parent
 
@@ -66,11 +66,16 @@ def test_one_rule_for_number_formats():
 
 
 def test_every_loader_keeps_to_that_rule():
-    "No module but core decides by itself which scale and device take half precision."
+    "No module but core decides by itself where a network goes and which scale and device take half precision."
     modules = [p for part in ('models', 'rewards') for p in (root/'vader_nb'/part).glob('*.py')]
-    loaders = [p.name for p in modules if 'pick_dtype(dtype or' in p.read_text()]
-    assert len(loaders) > 5
-    assert not [p.name for p in modules if re.search(r"pick_dtype\(dtype or (?!default_dtype)", p.read_text())]
+    loaders = [p.name for p in modules if re.search(r'^def load_\w+\(\n(?s:.*?)weights=True', p.read_text(), re.M)]
+    assert len(loaders) > 10 and all('placement(scale, device, dtype, weights' in p.read_text() for p in modules if p.name in loaders)
+    assert not [p.name for p in modules if re.search(r'\b(pick_device|pick_dtype|default_dtype)\(', p.read_text())]
+
+def test_placement():
+    assert placement('full', 'cpu', None) == (torch.device('cpu'), torch.float32) and placement('small', 'cpu', 'bf16')[1] == torch.bfloat16
+    assert placement('full', None, None, weights=False, half='bf16') == (torch.device('meta'), torch.bfloat16)
+    with pytest.raises(VaderError, match='unknown device'): placement('small', 'meta', None)
 
 
 def names(folder): return sorted(p.name for p in folder.iterdir())

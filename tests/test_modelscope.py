@@ -152,7 +152,7 @@ def test_the_shipped_folder_is_a_plain_pipeline_too():
     from vader_nb.zoo import model_path
     model, pipe = load_modelscope('small', 'cpu'), TextToVideoSDPipeline.from_pretrained(model_path('modelscope'), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    model.vocabulary = None  # a word of PROMPTS is not of the small world
+    model.check_words = None  # a word of PROMPTS is not of the small world
     assert model.native_size == (8, 64, 64) and not any(p.requires_grad for p in model.denoiser.parameters())
     frames = pipe(PROMPTS, latents=model.noise(2, *SIZE, make_generator(0)), num_frames=3, height=32, width=40, num_inference_steps=5,
                   guidance_scale=4., output_type='pt').frames

@@ -92,6 +92,14 @@ def test_the_library_keeps_the_style():
 
 def test_no_name_is_unused_or_unknown_in_tests_and_tools(): assert not ruff('tests', 'tools', '--select=F')
 
+def test_no_base_model_knows_the_drawn_world():
+    "Only a loader of a small model may, when it is called."
+    for path in modules:
+        if path.parent.name not in ('models', 'nets'): continue
+        body = ast.parse(path.read_text(encoding='utf8')).body
+        named = [f'{n.module}.{a.name}' for n in body if isinstance(n, ast.ImportFrom) for a in n.names]
+        assert named and not [n for n in named if 'world' in n.split('.')], path.name
+
 def test_no_star_imports():
     stars = [f'{p.name}: {n.module}' for p, s in [(p, s) for p in paths for s in code(p)] + [(p, p.read_text()) for p in modules]
              for n in ast.walk(tree(s)) if isinstance(n, ast.ImportFrom) and n.names[0].name == '*']
@@ -400,3 +408,9 @@ def test_the_front_door_is_lazy():
     subprocess.run([sys.executable, '-c', run], check=True)
     import vader_nb
     with pytest.raises(AttributeError, match='nothing'): vader_nb.nothing
+
+
+@notebooks
+def test_lines_of_code_can_be_read(path):
+    long = [line for source in code(path) for line in source.split('\n') if len(line) > 120]
+    assert not long

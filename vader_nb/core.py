@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VaderError', 'check', 'reason', 'suggest', 'to_frames', 'from_frames', 'swap_cf', 'make_generator', 'randn',
-           'pick_device', 'check_device', 'pick_dtype', 'default_dtype', 'true_float32', 'atomic_path',
+           'pick_device', 'check_device', 'pick_dtype', 'default_dtype', 'placement', 'true_float32', 'atomic_path',
            'check_writable', 'write_json', 'read_json']
 
 # %% ../nbs/1_ground/00_core.ipynb #2b2254f5
@@ -166,6 +166,18 @@ def default_dtype(
     "The number format of a model's weights: `half` for a full model on a GPU, else float32."
     on_gpu = torch.device(device).type != 'cpu'
     return pick_dtype(half if scale == 'full' and on_gpu else 'fp32')
+
+# %% ../nbs/1_ground/00_core.ipynb #7534a10d
+def placement(
+    scale: str,    # 'small' or 'full'
+    device,        # as in `pick_device`
+    dtype,         # as in `pick_dtype`; None: `default_dtype`
+    weights=True,  # False: any device of torch, and the meta device where none is named
+    half='fp16',   # as in `default_dtype`
+):  # -> device, dtype
+    "Where a network goes, and in which number format. Raises `VaderError`."
+    device = pick_device(device) if weights else torch.device(device or 'meta')
+    return device, pick_dtype(dtype or default_dtype(scale, device, half))
 
 # %% ../nbs/1_ground/00_core.ipynb #66555a5c
 _cudnn, _mkldnn, _cublas = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda.matmul

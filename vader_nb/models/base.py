@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 from ..core import check, from_frames, make_generator, randn, swap_cf, to_frames
 from ..diffusion.samplers import sampler_from_config
-from ..world.captions import check_vocabulary
 from ..zoo import DUMMY
 
 # %% ../../nbs/3_models/00_base.ipynb #6ab5094f
@@ -128,7 +127,7 @@ class VideoModel:
     checkpoint_layers = ()  # classes of the layers that are recomputed one by one, see `Config.tricks`
     latent_channels, vae_scale = 4, 8  # channels of a latent; pixels per latent along height and width
     native_size = 8, 64, 64  # frames, height, width of a clip where none are asked for
-    vocabulary = None  # the words that a small model knows; None where any may be said
+    check_words = None  # function (prompts) that raises `VaderError` for words that a small model does not know
 
     def __init__(self, denoiser, scheduler):
         self.denoiser = with_fast_convolutions(denoiser)
@@ -185,8 +184,8 @@ def noise(self: VideoModel, n, frames=None, height=None, width=None, generator=N
 def embeds(self: VideoModel, prompts):
     "Embeddings of `prompts`, each read once only: the text encoder is frozen."
     new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
-    if self.vocabulary:
-        check_vocabulary(new, self.vocabulary)
+    if self.check_words:
+        self.check_words(new)
     if new:
         with torch.no_grad():
             self.cache.update(zip(new, self.embed(new)))

@@ -9,11 +9,10 @@ __all__ = ['native_sizes', 'ModelScope', 'open_modelscope', 'random_modelscope',
 from functools import partial
 from pathlib import Path
 import torch
-from ..core import check, default_dtype, pick_device, pick_dtype
+from ..core import check, placement
 from .base import IMAGE_VAE, VideoModel
 from ..zoo import load_net, model_path, random_net, read_part
 from ..nets.text import embed_prompts
-from ..world.captions import WORDS
 
 # %% ../../nbs/3_models/02_modelscope.ipynb #6e457f33
 class ModelScope(VideoModel):
@@ -98,10 +97,12 @@ def load_modelscope(
     weights=True,  # False: the full size with random weights, on the meta device with none
 ):
     "The ModelScope of that scale; raises `VaderError` where it cannot be had."
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device, ModelScope.full['mixed_precision']))
+    device, dtype = placement(scale, device, dtype, weights, ModelScope.full['mixed_precision'])
     if not weights:
         return random_modelscope(device, dtype)
     model = open_modelscope(model_path('modelscope', scale), device, dtype, native_sizes[scale])
-    model.vocabulary = WORDS if scale == 'small' else None
+    if scale == 'small':
+        from vader_nb.world.captions import check_vocabulary
+
+        model.check_words = check_vocabulary
     return model

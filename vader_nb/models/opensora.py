@@ -12,16 +12,7 @@ from functools import partial
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from vader_nb.core import (
-    VaderError,
-    check,
-    default_dtype,
-    pick_device,
-    pick_dtype,
-    randn,
-    read_json,
-    reason,
-)
+from ..core import VaderError, check, placement, randn, read_json, reason
 from ..nets.text import check_words
 from ..nets.opensora_vae import PIECE, OpenSoraVAE, latent_frames
 from ..nets.stdit3 import STDiT3
@@ -29,7 +20,6 @@ from ..diffusion.samplers import RFlow
 from .base import Condition, VideoModel, check_frames, check_prompts
 from ..zoo import fill, load_net, model_path, random_net
 from ..nets.text import check_reader, drop_text_encoder, read_embeddings, open_text
-from ..world.captions import WORDS
 
 # %% ../../nbs/3_models/07_opensora.ipynb #81efb4ab
 def flow_ratio(
@@ -303,8 +293,8 @@ def load_opensora(
     weights=True,     # False: the full size with random weights, on the meta device with none
 ) -> OpenSora:
     "The Open-Sora of that scale; raises `VaderError` where it cannot be had."
-    device, small = pick_device(device) if weights else device or 'meta', scale == 'small'
-    dtype = pick_dtype(dtype or default_dtype(scale, device, OpenSora.full['mixed_precision']))
+    small = scale == 'small'
+    device, dtype = placement(scale, device, dtype, weights, OpenSora.full['mixed_precision'])
     if not weights:
         return random_opensora(device, dtype)
     folders = [model_path(name, scale) for name in ('opensora', 'opensora_vae')]
@@ -312,7 +302,10 @@ def load_opensora(
     model = open_opensora(
         *folders, text, device, dtype, model_path('vae') if small else None, **(SMALL if small else {})
     )
-    model.vocabulary = WORDS if small else None
+    if small:
+        from vader_nb.world.captions import check_vocabulary
+
+        model.check_words = check_vocabulary
     if embeddings:
         read_embeddings(model, embeddings)
     return model

@@ -15,18 +15,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
-from vader_nb.core import (
-    VaderError,
-    check,
-    default_dtype,
-    from_frames,
-    make_generator,
-    pick_device,
-    pick_dtype,
-    randn,
-    swap_cf,
-    to_frames,
-)
+from ..core import VaderError, check, from_frames, make_generator, placement, randn, swap_cf, to_frames
 from .base import IMAGE_VAE, Condition, VideoModel, check_frames, with_fast_convolutions
 from ..zoo import load_net, model_path, random_net, read_part
 
@@ -289,8 +278,7 @@ def load_svd(
 ):
     "The Stable Video Diffusion of that scale; raises `VaderError` where it cannot be had."
     check(not xt or scale == 'full', "there is no small XT model: use scale='full' or xt=False")
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device, SVD.full['mixed_precision']))
+    device, dtype = placement(scale, device, dtype, weights, SVD.full['mixed_precision'])
     if not weights:
         return random_svd(device, dtype)
     folder = model_path('svd_xt' if xt else 'svd', scale)

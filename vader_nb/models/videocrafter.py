@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core import VaderError, check, default_dtype, pick_device, pick_dtype, read_json, reason
+from ..core import VaderError, check, placement, read_json, reason
 from ..diffusion.schedules import add_noise, per_sample, to_x0_eps
 from ..nets.lvdm import LVDM
 from ..diffusion.samplers import DDIM, ddim_step, schedule
 from .base import IMAGE_VAE, VideoModel, check_size
 from ..nets.text import embed_prompts
 from ..zoo import check_names, load_net, model_path, random_net, read_part, shapes
-from ..world.captions import WORDS
 
 # %% ../../nbs/3_models/04_videocrafter.ipynb #7d520ded
 SCHEDULE = dict(
@@ -360,13 +359,14 @@ def load_videocrafter(
     weights=True,   # False: the full size with random weights, on the meta device with none
 ):
     "The VideoCrafter2 of that scale; raises `VaderError` where it cannot be had."
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device, VideoCrafter.full['mixed_precision']))
+    device, dtype = placement(scale, device, dtype, weights, VideoCrafter.full['mixed_precision'])
     if not weights:
         return random_videocrafter(device, dtype)
     folder = model_path('videocrafter', scale)
     if scale == 'small':
         model = open_small(folder, device, dtype)
-        model.vocabulary = WORDS
+        from vader_nb.world.captions import check_vocabulary
+
+        model.check_words = check_vocabulary
         return model
     return open_videocrafter(folder / 'model.ckpt', *full_parts(), device, dtype)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from ..core import check, default_dtype, pick_device, pick_dtype, randn, read_json
+from ..core import check, placement, randn, read_json
 from ..nets.text import check_reader, check_words, read_embeddings
 from .base import VideoModel, check_frames, check_size
 from ..zoo import load_net, model_path, random_net, read_part
@@ -188,8 +188,7 @@ def load_wan(
     weights=True,  # False: the full size with random weights, on the meta device with none
 ) -> Wan:
     "The published Wan 2.1 called 1.3B; raises `VaderError` where it cannot be had."
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device, Wan.full['mixed_precision']))
+    device, dtype = placement(scale, device, dtype, weights, Wan.full['mixed_precision'])
     if not weights:
         return random_wan(device, dtype)
     folder = model_path('wan', scale)

@@ -44,7 +44,7 @@ def decoded(
 # %% ../../nbs/zoo/05_aesthetic.ipynb #cbde98ea
 @torch.no_grad()
 def dataset(
-    # an `Aesthetic` (only its eyes are used), the small `AutoencoderKL`
+    # an `Aesthetic` (only its image encoder is used), the small `AutoencoderKL`
     reward,
     vae,
     n,  # how many, rounded down to whole batches of 128

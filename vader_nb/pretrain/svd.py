@@ -168,11 +168,11 @@ def make_image_encoder(
     "The image tower of the small CLIP for pictures of 224x224: each of its 8x8 patches is now 28x28."
     state = {k: v for k, v in clip.state_dict().items() if k.startswith(('vision_model', 'visual_projection'))}
     key = 'vision_model.embeddings.patch_embedding.weight'
-    eye = CLIPVisionModelWithProjection(
+    encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(**clip.config.vision_config.to_dict() | dict(image_size=224, patch_size=28))
     )
-    eye.load_state_dict(state | {key: stretch_patches(state[key], 28)})
-    return eye.eval()
+    encoder.load_state_dict(state | {key: stretch_patches(state[key], 28)})
+    return encoder.eval()
 
 # %% ../../nbs/zoo/14_svd.ipynb #f887bdd3
 CHUNKS = [i for i in range(16) if i % 12 not in (3, 7, 11)]  # those of 64x64 pixels
@@ -200,12 +200,12 @@ class Starts:
         # folder of the latents, the shared image VAE, the small image encoder
         out,
         vae,
-        eye,
+        encoder,
         batch=8,
     ):
         self.out = out
         self.vae = vae
-        self.eye = eye
+        self.encoder = encoder
         self.batch = batch
         self.data = []
         p = CLIPImageProcessor()
@@ -219,7 +219,7 @@ class Starts:
         x = first_frames(i)
 
         def see(o):
-            return self.eye((torch.stack([clip_view(p) for p in o]) - self.mean) / self.std).image_embeds
+            return self.encoder((torch.stack([clip_view(p) for p in o]) - self.mean) / self.std).image_embeds
 
         self.data.append((z, x, torch.cat([see(o) for o in x.split(32)])))
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..core import check, default_dtype, from_frames, pick_device, pick_dtype, to_frames
+from ..core import check, from_frames, placement, to_frames
 from .base import Reward, freeze
 from .views import center_crop, imagenet_normalise, resize_shorter
 from ..zoo import DUMMY, load_net, model_path, random_net
@@ -142,8 +142,7 @@ def load_action(
     "The action reward of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import VideoMAEForVideoClassification
 
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device))
+    device, dtype = placement(scale, device, dtype, weights)
     if not weights:
         return Action(random_classifier(device, dtype), form)
     return Action(load_net(VideoMAEForVideoClassification, model_path('videomae', scale), dtype), form).to(device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import check, default_dtype, pick_device, pick_dtype
+from ..core import check, placement
 from .base import Reward, frame_mean, freeze
 from .views import clip_view
 from ..zoo import load_net, model_path, random_net, read_weights
@@ -123,8 +123,7 @@ def load_aesthetic(
     class ImageTower(CLIPVisionModelWithProjection):  # the file also holds the text half, which is not asked for
         _keys_to_ignore_on_load_unexpected = ['text_', 'logit_scale', 'position_ids']
 
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device))
+    device, dtype = placement(scale, device, dtype, weights)
     if not weights:
         return random_aesthetic(device, dtype)
     clip = load_net(ImageTower, model_path('clip', scale), dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..core import check, default_dtype, pick_device, pick_dtype
+from ..core import check, placement
 from .base import Reward, frame_mean, freeze
 from .views import imagenet_normalise
 from ..world.scenes import draw
@@ -147,8 +147,7 @@ def load_depth(
     "The depth reward of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import DepthAnythingForDepthEstimation
 
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device))
+    device, dtype = placement(scale, device, dtype, weights)
     if not weights:
         return Depth(random_depth_net(device, dtype), wish).to(device)
     return Depth(load_net(DepthAnythingForDepthEstimation, model_path('depth', scale), dtype), wish).to(device)

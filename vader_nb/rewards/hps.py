@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..core import check, default_dtype, pick_device, pick_dtype, read_json
+from ..core import check, placement, read_json
 from .text_match import TextMatch, no_words, token_ids
 from .views import clip_normalise
 from ..zoo import DUMMY, check_names, model_path, random_net, read_part, read_weights, shapes
@@ -148,8 +148,7 @@ def load_hps(
     "The human preference score of that scale; raises `VaderError` where the weights cannot be had."
     version = str(version)
     check(version in VERSIONS, f"unknown version {version!r} of HPS: use one of {', '.join(VERSIONS)}")
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device))
+    device, dtype = placement(scale, device, dtype, weights)
     if not weights:
         return random_hps(device, dtype)
     folder = model_path(VERSIONS[version], scale)

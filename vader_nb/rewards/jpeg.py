@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..core import check, pick_device
+from ..core import check, placement
 from .base import Reward, frame_mean
 
 # %% ../../nbs/5_rewards/09_jpeg.ipynb #90ad12fc
@@ -213,4 +213,5 @@ def load_jpeg(
     quality: int = 75,  # of the JPEG file, 1 to 100
 ) -> Compressibility:
     "The compressibility reward, called as the others are."
-    return Compressibility(quality).to(pick_device(device) if weights else device or 'meta')
+    device, _ = placement(scale, device, dtype, weights)
+    return Compressibility(quality).to(device)

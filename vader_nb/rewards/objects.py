@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import check, default_dtype, pick_device, pick_dtype
+from ..core import check, placement
 from .base import Reward, frame_mean, freeze
 from .views import imagenet_normalise
 from ..zoo import load_net, model_path, random_net, read_part
@@ -234,9 +234,8 @@ def load_objects(
     known.
     """
     check(detector in DETECTORS, f'unknown detector {detector!r}: use one of {", ".join(DETECTORS)}')
-    device = pick_device(device) if weights else device or 'meta'
     half = 'fp16' if 'yolos' in detector else 'fp32'
-    dtype = pick_dtype(dtype or default_dtype(scale, device, half))
+    device, dtype = placement(scale, device, dtype, weights, half)
     check(weights or detector == 'yolos', f'without weights there is only yolos, not {detector}')
     if not weights:
         return ObjectRemoval(random_yolos(target, device, dtype), form)

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ..core import default_dtype, pick_device, pick_dtype
+from ..core import placement
 from .text_match import TextMatch, no_words, token_ids
 from .views import clip_view
 from ..zoo import DUMMY, load_net, model_path, random_net, read_part
@@ -69,8 +69,7 @@ def load_pickscore(
     "The PickScore of that scale; raises `VaderError` where the weights cannot be had."
     from transformers import CLIPModel, CLIPTokenizer
 
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device))
+    device, dtype = placement(scale, device, dtype, weights)
     if not weights:
         return random_pickscore(device, dtype)
     clip = load_net(CLIPModel, model_path('pickscore', scale), dtype)

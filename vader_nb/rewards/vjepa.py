@@ -14,7 +14,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from ..core import VaderError, check, default_dtype, make_generator, pick_device, pick_dtype, to_frames
+from ..core import VaderError, check, make_generator, placement, to_frames
 from ..nets.vjepa import VJepa, VJepaConfig, draw_masks, half_masks, load_vjepa_net, masked_error, take
 from .base import Reward, freeze
 from .views import center_crop, imagenet_normalise, resize_shorter
@@ -167,8 +167,7 @@ def load_vjepa(
     )
     check(path is None or version == 1, 'path= is for version 1: version 2 comes from the hub')
     check(weights or version == 1, 'without weights there is only version 1')
-    device = pick_device(device) if weights else device or 'meta'
-    dtype = pick_dtype(dtype or default_dtype(scale, device))
+    device, dtype = placement(scale, device, dtype, weights)
     if not weights:
         net = random_net(partial(VJepa, VJepaConfig()), device, dtype)
     elif version == 2:

@@ -128,15 +128,14 @@ WORDS = frozenset(_words(' '.join([
 
 def check_vocabulary(
     prompts: list,  # of texts; an empty one is right
-    words=WORDS,    # what is known
 ):
     "Raise `VaderError` for the first word that is not known."
     for prompt in prompts:
         found = _words(prompt)
         check(found or not prompt.strip(), f"{prompt!r} has no words: write, say, 'a fox playing chess'")
         for word in found:
-            hint = suggest(word, words) or f': animals are {", ".join(ANIMALS)}'
-            check(word in words, f'the small models do not know the word {word!r} of {prompt!r}{hint}')
+            hint = suggest(word, WORDS) or f': animals are {", ".join(ANIMALS)}'
+            check(word in WORDS, f'the small models do not know the word {word!r} of {prompt!r}{hint}')
 
 # %% ../../nbs/1_ground/05_captions.ipynb #f9cd670c
 def start_images(
