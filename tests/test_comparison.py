@@ -1,4 +1,5 @@
 "Comparisons: as many rewards for each method, runs that go on where they were, what is read off."
+
 from dataclasses import replace
 
 import pytest
@@ -21,21 +22,27 @@ def tiny(monkeypatch):
     monkeypatch.setitem(registry.EXPERIMENTS, 'tiny', registry.Experiment(*parts, dict(TINY)))
     for place in (comparison, registry):
         monkeypatch.setattr(place, 'judge_clips', lambda video, prompts: dict(animal=torch.ones(len(prompts))))
-    monkeypatch.setattr(comparison, 'diversity', lambda clips: dict(hue=.5))
+    monkeypatch.setattr(comparison, 'diversity', lambda clips: dict(hue=0.5))
 
 
-@pytest.mark.parametrize('config', [
-    Config(batch_size=4, gradient_accumulation_steps=2),
-    Config(method='ddpo', eta=1., T=10, K=1, batch_size=16, gradient_accumulation_steps=5, inner_epochs=2),
-    Config(method='dpo', batch_size=8, inner_epochs=4, experience_batches=2),
-])
+@pytest.mark.parametrize(
+    'config',
+    [
+        Config(batch_size=4, gradient_accumulation_steps=2),
+        Config(method='ddpo', eta=1.0, T=10, K=1, batch_size=16, gradient_accumulation_steps=5, inner_epochs=2),
+        Config(method='dpo', batch_size=8, inner_epochs=4, experience_batches=2),
+    ],
+)
 def test_steps_for_a_number_of_queries(config):
     steps = steps_for(config, 96)
     passes = config.experience_batches * config.inner_epochs * (config.T if config.method == 'ddpo' else 1)
-    if config.method == 'vader': asked = steps * 8
-    else: asked = steps * config.gradient_accumulation_steps / passes * config.batch_size * config.experience_batches
+    if config.method == 'vader':
+        asked = steps * 8
+    else:
+        asked = steps * config.gradient_accumulation_steps / passes * config.batch_size * config.experience_batches
     assert asked == 96
     assert steps_for(config, 97) > steps
+
 
 def test_a_run_asks_for_the_planned_number_of_rewards(tmp_path):
     small = dict(T=3, K=1, batch_size=2, gradient_accumulation_steps=1, decoded_frames=2)
@@ -43,19 +50,22 @@ def test_a_run_asks_for_the_planned_number_of_rewards(tmp_path):
     asked = {name: record['reward_queries'] for name, record in compare(planned, tmp_path, device='cpu', **small)}
     assert asked == dict.fromkeys(plan_runs(planned, **small), 4) and len(asked) == 4
     for name in asked:
-        final = read_json(tmp_path/name/'final.json')
+        final = read_json(tmp_path / name / 'final.json')
         assert set(final) == {'before', 'after'} and set(final['after']) == {'train', 'test'}
         assert {'reward', 'animal', 'diversity of hue'} <= set(final['after']['test'])
-    base = [read_json(tmp_path/name/'final.json')['before'] for name in asked]
+    base = [read_json(tmp_path / name / 'final.json')['before'] for name in asked]
     assert all(scores == base[0] for scores in base), 'all are evaluated alike, so the base model is the same'
     assert list(compare(planned, tmp_path, device='cpu', **small)) == [], 'what is finished is kept'
+
 
 def test_an_interrupted_comparison_goes_on(tmp_path):
     small = dict(T=3, K=1, batch_size=2, save_every=1)
     planned = Comparison('', '', ['tiny'], {'vader': VARIANTS['vader']}, queries=6, seeds=1, points=1)
     for name, record in compare(planned, tmp_path, device='cpu', **small):
-        if record['step'] == 2: break
+        if record['step'] == 2:
+            break
     assert [record['step'] for name, record in compare(planned, tmp_path, device='cpu', **small)] == [3]
+
 
 @pytest.mark.parametrize('name', COMPARISONS)
 def test_planned_runs_make_sense(name):
@@ -66,9 +76,11 @@ def test_planned_runs_make_sense(name):
         assert steps_for(config, asked) == config.train_steps and config.eval_every <= config.train_steps
         assert run.startswith(config.experiment) and run.endswith(f'-small-{config.seed}')
 
+
 def test_a_flow_model_is_compared_by_vader_alone():
     methods = {c.method for c in plan_runs(COMPARISONS['generalization']).values() if c.experiment.startswith('svd')}
     assert methods == {'vader'}
+
 
 def test_what_was_spent_by_each_evaluation(tmp_path):
     list(registry.run(replace(registry.experiment_config('tiny'), train_steps=4, eval_every=2), tmp_path, 'cpu'))
@@ -76,14 +88,19 @@ def test_what_was_spent_by_each_evaluation(tmp_path):
     assert [line['step'] for line in lines] == [0, 2, 4] and [line['queries'] for line in lines] == [0, 4, 8]
     assert lines[0]['passes'] == 0 < lines[1]['passes'] < lines[2]['passes'] and 'animal' in lines[0]
 
+
 def test_what_a_level_needs():
-    lines = [dict(queries=q, passes=10 * q, reward=r) for q, r in ((0, 4.), (100, 5.), (200, 4.5), (300, 7.))]
-    assert needed(lines, 4.5) == 50 and needed(lines, 5.) == 100 and needed(lines, 6., 'passes') == pytest.approx(2600)
-    assert needed(lines, 3.) == 0 and needed(lines, 8.) is None
+    lines = [dict(queries=q, passes=10 * q, reward=r) for q, r in ((0, 4.0), (100, 5.0), (200, 4.5), (300, 7.0))]
+    assert (
+        needed(lines, 4.5) == 50 and needed(lines, 5.0) == 100 and needed(lines, 6.0, 'passes') == pytest.approx(2600)
+    )
+    assert needed(lines, 3.0) == 0 and needed(lines, 8.0) is None
+
 
 def test_the_recorded_search_is_read_whole():
     from vader_nb.records import read_lines, recorded
-    path = recorded('search')[0]/'modelscope-aesthetic.jsonl'
+
+    path = recorded('search')[0] / 'modelscope-aesthetic.jsonl'
     lines = read_lines(path)
     assert len(lines) == len(path.read_text().splitlines()) > 0
     assert all({'method', 'changes', 'queries', 'reward before', 'reward after'} <= set(line) for line in lines)

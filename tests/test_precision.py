@@ -1,4 +1,5 @@
 "Every reward and every base model in every number format: the tables of the zoo say which there are."
+
 import inspect
 
 import pytest
@@ -76,7 +77,9 @@ def load_base(name, weights):
 def config(name, model, **changes):
     kind = inspect.signature(model.sampler).parameters['kind'].default
     size = dict(frames=FRAMES.get(name, 2), height=32, width=32)
-    return Config(T=2, K=1, guidance=2., train_steps=1, batch_size=1, rank=2, alpha=2., sampler=kind, **size, **changes)
+    return Config(
+        T=2, K=1, guidance=2.0, train_steps=1, batch_size=1, rank=2, alpha=2.0, sampler=kind, **size, **changes
+    )
 
 
 @pytest.mark.parametrize('fmt', FORMATS)
@@ -103,7 +106,7 @@ CPU_KNOWS = [f for f in FORMATS if f != 'fp16 autocast']  # accelerate refuses i
 def test_a_step_of_training_in_every_format(name, fmt, tmp_path):
     weights, cast = formats(fmt)
     model = load_base(name, weights)
-    record, = fit(model, bright(), PROMPTS[:1], config(name, model, mixed_precision=cast), tmp_path)
+    (record,) = fit(model, bright(), PROMPTS[:1], config(name, model, mixed_precision=cast), tmp_path)
     assert record['gradient_norm'] > 0 and 0 < record['reward'] < 1
 
 
@@ -116,12 +119,14 @@ def networks(owner):
 def test_no_activation_of_a_base_comes_near_the_end_of_fp16(name):
     model = load_model(name, 'small')
     conf = config(name, model)
-    z = torch.randn(1, model.latent_channels, model.noise(1, conf.frames, 64, 64).shape[2], 8, 8, generator=make_generator(1))
+    z = torch.randn(
+        1, model.latent_channels, model.noise(1, conf.frames, 64, 64).shape[2], 8, 8, generator=make_generator(1)
+    )
 
     def forward():
         with torch.no_grad():
             cond = model.encode(PROMPTS[:1], conf.frames, 64, 64)
-            model.predict(z.to(DEVICE), 500, cond, 2.)
+            model.predict(z.to(DEVICE), 500, cond, 2.0)
             for size in (0.5, 1, 2):
                 model.decode(size * z.to(DEVICE))
 

@@ -1,4 +1,7 @@
-"A training run on a tiny random model; also as a program: `python tests/tiny_run.py FOLDER 'CHANGES AS JSON' [--resume]`."
+"""A training run on a tiny random model; also as a program: `python tests/tiny_run.py FOLDER 'CHANGES AS JSON'
+[--resume]`.
+"""
+
 import json, os, subprocess, sys
 import torch
 from tiny_models import tiny_parts, tiny_pipeline
@@ -8,8 +11,11 @@ from vader_nb.config import Config
 from vader_nb.training.trainer import Trainer, fit
 from vader_nb.zoo import random_net
 
-PROMPTS, TESTS = ['a panda riding a bike', 'a fox playing chess', 'a dog washing dishes'], ['a fox riding a bike', 'a panda washing dishes']
-TINY = dict(T=3, K=2, frames=4, height=16, width=16, rank=2, alpha=2., batch_size=2)
+PROMPTS, TESTS = (
+    ['a panda riding a bike', 'a fox playing chess', 'a dog washing dishes'],
+    ['a fox riding a bike', 'a panda washing dishes'],
+)
+TINY = dict(T=3, K=2, frames=4, height=16, width=16, rank=2, alpha=2.0, batch_size=2)
 
 
 def tiny_model(seed=0):
@@ -17,20 +23,25 @@ def tiny_model(seed=0):
     return ModelScope(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, (4, 16, 16))
 
 
-def bright(chance=0.):
+def bright(chance=0.0):
     "Brightness, with a little chance from torch's global state, as a user's reward may have."
     return reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)) * (1 + chance * torch.rand(())), 'bright')
 
 
 class TinyScope(ModelScope):
     "The tiny model with settings of its own at full size, as a base model of the zoo."
+
     name = 'tiny'
-    full = dict(frames=8, height=64, width=64, T=4, sampler='ddim', guidance=3., mixed_precision='fp32')
+    full = dict(frames=8, height=64, width=64, T=4, sampler='ddim', guidance=3.0, mixed_precision='fp32')
 
 
 def load_tiny(scale='small', device=None, dtype=None, weights=True):
-    if weights: return tiny_model()
-    nets = [random_net(lambda: tiny_parts()[part], device or 'meta', dtype or torch.float32) for part in ('unet', 'vae', 'text_encoder')]
+    if weights:
+        return tiny_model()
+    nets = [
+        random_net(lambda: tiny_parts()[part], device or 'meta', dtype or torch.float32)
+        for part in ('unet', 'vae', 'text_encoder')
+    ]
     return TinyScope(*nets, None, tiny_parts()['scheduler'], (8, 64, 64)).remember(12, 32)
 
 
@@ -39,8 +50,16 @@ def load_bright(scale='small', device=None, dtype=None, weights=True):
     return bright()
 
 
-def tiny_fit(folder, model=None, reward=None, chance=0., changes=None, **how):
-    return fit(model or tiny_model(), reward or bright(chance), PROMPTS, Config(**{**TINY, **(changes or {})}), folder, TESTS, **how)
+def tiny_fit(folder, model=None, reward=None, chance=0.0, changes=None, **how):
+    return fit(
+        model or tiny_model(),
+        reward or bright(chance),
+        PROMPTS,
+        Config(**{**TINY, **(changes or {})}),
+        folder,
+        TESTS,
+        **how,
+    )
 
 
 def tiny_trainer(folder, **changes):
@@ -58,4 +77,7 @@ def two_processes(folder, changes):
 
 if __name__ == '__main__':
     changes = json.loads(sys.argv[2])
-    for record in tiny_fit(sys.argv[1], chance=changes.pop('chance', 0.), changes=changes, resume='--resume' in sys.argv): print(record['step'], flush=True)
+    for record in tiny_fit(
+        sys.argv[1], chance=changes.pop('chance', 0.0), changes=changes, resume='--resume' in sys.argv
+    ):
+        print(record['step'], flush=True)

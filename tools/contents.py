@@ -1,9 +1,12 @@
-"Write the tables of contents, in nbs/index.ipynb and in each chapter's README.md, from the notebooks' own first cells: python tools/contents.py"
+"""Write the tables of contents, in nbs/index.ipynb and in each chapter's README.md, from the notebooks' own first
+cells: python tools/contents.py
+"""
+
 import json
 import re
 from pathlib import Path
 
-nbs = Path(__file__).resolve().parent.parent/'nbs'
+nbs = Path(__file__).resolve().parent.parent / 'nbs'
 CHAPTERS = {
     '0_start': 'Start here',
     '1_ground': 'Common ground and the small world',
@@ -38,7 +41,7 @@ def entry(path):
 def table(chapter, here):
     "The notebooks of a chapter; links lead from the folder `here`, relative to nbs/."
     rows = ['| notebook | what it is about | runs in |', '|---|---|---|']
-    for path in sorted((nbs/chapter).glob('*.ipynb')):
+    for path in sorted((nbs / chapter).glob('*.ipynb')):
         title, line, time = entry(path)
         link = path.name if here == chapter else f'{chapter}/{path.name}'
         rows.append(f'| [{title}]({link}) | {line} | {time} |')
@@ -47,7 +50,10 @@ def table(chapter, here):
 
 def contents():
     "The whole table, for the index."
-    parts = [f'**{title}** ([`nbs/{folder}`]({folder}/README.md))\n\n{table(folder, "")}' for folder, title in CHAPTERS.items()]
+    parts = [
+        f'**{title}** ([`nbs/{folder}`]({folder}/README.md))\n\n{table(folder, "")}'
+        for folder, title in CHAPTERS.items()
+    ]
     return '\n\n'.join(parts)
 
 
@@ -59,7 +65,7 @@ def replaced(text, new):
 
 def updated():
     "path -> new text, for the index and the chapters' pages."
-    index = nbs/'index.ipynb'
+    index = nbs / 'index.ipynb'
     notebook = json.loads(index.read_text(encoding='utf8'))
     for cell in notebook['cells']:
         source = ''.join(cell['source'])
@@ -67,7 +73,7 @@ def updated():
             cell['source'] = replaced(source, contents()).splitlines(keepends=True)
     pages = {index: json.dumps(notebook, indent=1, ensure_ascii=False) + '\n'}
     for chapter in CHAPTERS:
-        page = nbs/chapter/'README.md'
+        page = nbs / chapter / 'README.md'
         pages[page] = replaced(page.read_text(encoding='utf8'), table(chapter, chapter))
     return pages
 

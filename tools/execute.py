@@ -1,4 +1,7 @@
-"Execute notebooks from a fresh kernel, in place, outputs kept and cleaned: python tools/execute.py nbs/4_method/02_rollout.ipynb ..."
+"""Execute notebooks from a fresh kernel, in place, outputs kept and cleaned: python tools/execute.py
+nbs/4_method/02_rollout.ipynb ...
+"""
+
 import os, sys, time
 from pathlib import Path
 
@@ -20,8 +23,10 @@ def skipped(cell):
 
 class Client(NotebookClient):
     "Runs all cells but the skipped ones, whose kept outputs stay."
+
     async def async_execute_cell(self, cell, index, **kw):
-        if cell.cell_type == 'code' and skipped(cell): return cell
+        if cell.cell_type == 'code' and skipped(cell):
+            return cell
         return await super().async_execute_cell(cell, index, **kw)
 
 
@@ -32,8 +37,10 @@ def without_players(nb):
     "Store a player as the picture that stands for it; nbdev cannot read the state of linked widgets."
     shown = [o.data for c in nb.cells for o in c.get('outputs', []) if WIDGET in o.get('data', {})]
     players = [data for data in shown if 'image/jpeg' in data]
-    for data in players: del data[WIDGET]
-    if players == shown: nb.metadata.pop('widgets', None)
+    for data in players:
+        del data[WIDGET]
+    if players == shown:
+        nb.metadata.pop('widgets', None)
     return nb
 
 

@@ -1,4 +1,5 @@
 "Write README.md from nbs/index.ipynb: prose as it is, code in fences, its printed results and pictures below it."
+
 import base64, json, re
 from pathlib import Path
 
@@ -21,9 +22,12 @@ def picture(data, name, pictures):
 def shown(out, name, pictures):
     "Markdown for one output of a code cell."
     data = out.get('data', {})
-    if 'image/png' in data: return picture(data, name, pictures)
-    if 'image/jpeg' in data: return ''  # a strip or a player, too large for a README
-    if 'text/markdown' in data: return text(data['text/markdown'])
+    if 'image/png' in data:
+        return picture(data, name, pictures)
+    if 'image/jpeg' in data:
+        return ''  # a strip or a player, too large for a README
+    if 'text/markdown' in data:
+        return text(data['text/markdown'])
     plain = text(out.get('text') or data.get('text/plain', '')).rstrip()
     return '\n'.join('    ' + line for line in plain.splitlines())
 
@@ -32,8 +36,10 @@ def joined(outs):
     "The outputs of a cell, in which text that was printed piece by piece is one piece."
     whole = []
     for o in outs:
-        if 'text' in o and whole and 'text' in whole[-1]: whole[-1] = {'text': text(whole[-1]['text']) + text(o['text'])}
-        else: whole.append(o)
+        if 'text' in o and whole and 'text' in whole[-1]:
+            whole[-1] = {'text': text(whole[-1]['text']) + text(o['text'])}
+        else:
+            whole.append(o)
     return whole
 
 
@@ -47,8 +53,10 @@ def readme(nb):
     parts, pictures = [], {}
     for i, cell in enumerate(nb['cells']):
         source = text(cell['source'])
-        if hidden.search(source): continue
-        if cell['cell_type'] == 'markdown': parts.append(prose(source))
+        if hidden.search(source):
+            continue
+        if cell['cell_type'] == 'markdown':
+            parts.append(prose(source))
         elif cell['cell_type'] == 'code' and source.strip():
             parts.append(f'```python\n{option.sub("", source).strip()}\n```')
             parts += [shown(o, f'index_{i}_{j}.png', pictures) for j, o in enumerate(joined(cell['outputs']))]
@@ -57,7 +65,8 @@ def readme(nb):
 
 
 if __name__ == '__main__':
-    md, pictures = readme(json.loads((root/'nbs/index.ipynb').read_text(encoding='utf8')))
-    (root/'README.md').write_text(md, encoding='utf8')
-    (root/'nbs/images').mkdir(exist_ok=True)
-    for name, data in pictures.items(): (root/'nbs/images'/name).write_bytes(data)
+    md, pictures = readme(json.loads((root / 'nbs/index.ipynb').read_text(encoding='utf8')))
+    (root / 'README.md').write_text(md, encoding='utf8')
+    (root / 'nbs/images').mkdir(exist_ok=True)
+    for name, data in pictures.items():
+        (root / 'nbs/images' / name).write_bytes(data)

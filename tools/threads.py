@@ -4,6 +4,7 @@ python tools/threads.py
 GNU OpenMP's threads spin while they wait for each other. The package sets GOMP_SPINCOUNT=1000 (a short spin) unless the
 user has set something.
 """
+
 import os, subprocess, sys
 from contextlib import contextmanager
 from statistics import median
@@ -35,8 +36,10 @@ def others(n):
     try:
         yield
     finally:
-        for program in programs: program.kill()
-        for program in programs: program.wait()
+        for program in programs:
+            program.kill()
+        for program in programs:
+            program.wait()
 
 
 def seconds(settings):
@@ -51,5 +54,6 @@ if __name__ == '__main__':
     print(f'{cores} cores, load {os.getloadavg()[0]:.1f}\n\n{"seconds to sample":24} as it is   {cores} others')
     for name, settings in WAITING.items():
         now = seconds(settings)
-        with others(cores): busy = seconds(settings)
+        with others(cores):
+            busy = seconds(settings)
         print(f'{name:24} {now:8.2f} {busy:10.2f}', flush=True)

@@ -104,10 +104,10 @@ def final_scores(
     "Rewards, judges and diversity on both sets of prompts."
     judge = judge_clips if config.scale == 'small' else None
     scores = {}
-    for split, some in prompts.items():
-        clips = sample_all(model, some[:12], config)
+    for split, texts in prompts.items():
+        clips = sample_all(model, texts[:12], config)
         variety = {f'diversity of {k}': v for k, v in diversity(clips).items()} if judge and len(clips) > 1 else {}
-        scores[split] = {**evaluate(model, reward, some, config, judge), **variety}
+        scores[split] = {**evaluate(model, reward, texts, config, judge), **variety}
     return scores
 
 # %% ../../nbs/8_results/05_comparison.ipynb #c32e335d

@@ -168,7 +168,7 @@ IMAGE_VAE = dict(
 @patch
 def size(self: VideoModel, *size):
     "The asked frames, height and width, with this model's own in the place of None; raises `VaderError`."
-    size = [own if asked is None else asked for asked, own in zip(size, self.native_size)]
+    size = [own if given is None else given for given, own in zip(size, self.native_size)]
     check_size(*size, self.vae_scale)
     return size
 
@@ -253,7 +253,7 @@ def decode(self: VideoModel, latents, frames=None):
 
 @patch
 def sampler(self: VideoModel, steps, kind='ddim', eta=0.0, size=()):
-    """A sampler of `steps` steps on this model's noise schedule, which may hang on the clip's `size`; `kind` as in
+    """A sampler of `steps` steps on this model's noise schedule, which may depend on the clip's `size`; `kind` as in
     `sampler_from_config`.
     """
     return sampler_from_config(self.scheduler.config, kind, steps, eta)

@@ -104,7 +104,7 @@ class OpenSora(VideoModel):
 def size(self: OpenSora, *size):
     "The asked frames, height and width, with this model's own in the place of None; raises `VaderError`."
     frames, *sides = [
-        own if asked is None else asked for asked, own in zip((*size, None, None, None), self.native_size)
+        own if given is None else given for given, own in zip((*size, None, None, None), self.native_size)
     ]
     check(
         isinstance(frames, int) and frames > 16,

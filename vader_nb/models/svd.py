@@ -284,7 +284,7 @@ def load_svd(
     folder = model_path('svd_xt' if xt else 'svd', scale)
     how = {**SIZES[scale], **(dict(native_size=(25, 576, 1024)) if xt else {})}
     model = open_svd(folder, device, dtype, **how)
-    from vader_nb.world.captions import start_image
+    from vader_nb.world.captions import captions, start_image
 
     model.draw = start_image  # captions of the small world stand for pictures, too
     return model
@@ -398,9 +398,9 @@ def decode(self: SVD, latents, frames=None):
     where a gradient comes back.
     """
     z, n = swap_cf(latents), self.chunk or latents.shape[2]
-    asked = check_frames(range(z.shape[1]) if frames is None else frames, z.shape[1])
+    wanted = check_frames(range(z.shape[1]) if frames is None else frames, z.shape[1])
     drawn = {
         k: checkpoint(self.draw_chunk, z[:, k * n : (k + 1) * n], use_reentrant=False)
-        for k in sorted({i // n for i in asked})
+        for k in sorted({i // n for i in wanted})
     }
-    return torch.stack([drawn[i // n][:, i % n] for i in asked], 1)
+    return torch.stack([drawn[i // n][:, i % n] for i in wanted], 1)

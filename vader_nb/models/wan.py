@@ -73,7 +73,7 @@ class Wan(VideoModel):
 @patch
 def size(self: Wan, *size):
     "The asked frames, height and width, with this model's own in the place of None; raises `VaderError`."
-    size = [own if asked is None else asked for asked, own in zip((*size, None, None, None), self.native_size)]
+    size = [own if given is None else given for given, own in zip((*size, None, None, None), self.native_size)]
     check_size(*size, self.vae_scale * self.patch)
     n = self.squeeze
     low = (size[0] - 1) // self.squeeze * self.squeeze + 1

@@ -40,7 +40,7 @@ class Stage:
 # %% ../../nbs/3_models/09_wan_vae.ipynb #60402915
 @patch
 def needs(self: Stage, box, sides):
-    """What of its input, pictures of these `sides`, the `box` of its output hangs on: the first and the last frame, row
+    """What of its input, pictures of these `sides`, the `box` of its output depends on: the first and the last frame, row
     and column.
     """
     (a, e), *spans = box
@@ -100,9 +100,9 @@ def way_back(
     return boxes
 
 # %% ../../nbs/3_models/09_wan_vae.ipynb #799e9a21
-def cut(x, box, begin):
+def cut(x, box, origin):
     "The `box` of features `x` that begin at `begin`."
-    for axis, ((a, e), start) in enumerate(zip(box, begin), 2):
+    for axis, ((a, e), start) in enumerate(zip(box, origin), 2):
         x = x.narrow(axis, a - start, e - a + 1)
     return x
 
@@ -112,12 +112,12 @@ def draw_box(
     x,     # from `middle`
     *box,  # (first, last) frame, row and column of the pixels
 ):
-    "One box of pixels (b, 3, f, h, w) in [-1, 1], from no more than it hangs on."
+    "One box of pixels (b, 3, f, h, w) in [-1, 1], from no more than it depends on."
     parts = list(stages(decoder))
-    begin = (0, 0, 0)
+    origin = (0, 0, 0)
     for stage, need in zip(parts, way_back(parts, box, x.shape[3:])):
-        x, begin = stage(cut(x, need, begin), need)
-    return cut(x, box, begin)
+        x, origin = stage(cut(x, need, origin), need)
+    return cut(x, box, origin)
 
 # %% ../../nbs/3_models/09_wan_vae.ipynb #d8f2acce
 def spans(

@@ -131,7 +131,7 @@ def web_captions(
 ):
     "True captions, half of them with a word on how the picture looks."
     u = torch.rand(len(s), generator=g)
-    told = torch.rand(len(s), generator=g) < 0.6
+    named = torch.rand(len(s), generator=g) < 0.6
 
     def prefix(i):
         if u[i] < 0.5:
@@ -142,7 +142,7 @@ def web_captions(
             return f'a {STYLES[CORRUPTIONS[kinds[i]]]} picture of '
         return f"a {STYLES['vivid' if s.saturation[i] > 0.75 else 'dull']} picture of "
 
-    return [prefix(i) + c for i, c in enumerate(captions(s, told.tolist()))]
+    return [prefix(i) + c for i, c in enumerate(captions(s, named.tolist()))]
 
 # %% ../../nbs/zoo/02_clip.ipynb #51956798
 def clip_loss(

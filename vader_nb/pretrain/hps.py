@@ -150,8 +150,8 @@ def preferences(
     vaes = through_vae(x[:m].flatten(0, 1), k[:m].flatten(), vae, g)
     drawn = corrupt_some(x[m:].flatten(0, 1)[:, None], how[m:].flatten(), k[m:].flatten(), g)[:, 0]
     better, worse = torch.cat([vaes, drawn]).unflatten(0, (n, 2)).unbind(1)
-    told = (kind == list(KINDS).index('colour')) | (torch.rand(n, generator=g) < 0.5)
-    return better, worse, captions(s, told.tolist()), kind
+    named = (kind == list(KINDS).index('colour')) | (torch.rand(n, generator=g) < 0.5)
+    return better, worse, captions(s, named.tolist()), kind
 
 # %% ../../nbs/zoo/06_hps.ipynb #67696730
 def preference_loss(

@@ -129,9 +129,9 @@ class Batches:
 def __call__(
     self: Batches,
     g,      # `torch.Generator`
-    ready,  # how many chunks are in play
+    available,  # how many chunks are in play
 ):
-    while len(self.data) < min(len(self.chunks), ready):
+    while len(self.data) < min(len(self.chunks), available):
         self.load()
     z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
     i = torch.randint(len(z), (self.batch if z.shape[-1] <= 8 else self.batch // 2,), generator=g)
@@ -145,11 +145,11 @@ def unet_loss(
     batches,
     # as for `Batches`
     g,
-    ready,
+    available,
     abar=alpha_bars(scaled_linear_betas()),
 ):
     "Min-SNR weighted squared error of eps on one random batch."
-    x0, text = batches(g, ready)
+    x0, text = batches(g, available)
     t = torch.randint(1000, (len(x0),), generator=g)
     eps = torch.randn(x0.shape, generator=g)
     a = abar[t].float().view(-1, 1, 1, 1, 1)
@@ -279,7 +279,7 @@ def first_course(
     )
     pretrain(
         unet,
-        lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40),
+        lambda g, step: unet_loss(unet, batches, g, available=4 + step // 40),
         a.steps,
         a.out,
         lr=1.5e-3,
@@ -297,16 +297,17 @@ def second_course(
     tok,
 ):
     "Hats, from what stands at `--to`; published a fifth of the way back to where it began."
-    told = read_json(Path(a.to) / 'card.json')['training']
+    training = read_json(Path(a.to) / 'card.json')['training']
     check(
-        'hats' not in told, f'the weights in {a.to} have been through this course: put those of the first course there'
+        'hats' not in training,
+        f'the weights in {a.to} have been through this course: put those of the first course there',
     )
     unet = load_net(UNet3DConditionModel, Path(a.to) / 'unet').requires_grad_(True)
     batches = Batches(a.out, vae, clip, tok, range(HATS, HATS + 8))
     start = {k: v.clone() for k, v in unet.state_dict().items()}
     end = pretrain(
         unet,
-        lambda g, step: unet_loss(unet, batches, g, ready=4 + step // 40),
+        lambda g, step: unet_loss(unet, batches, g, available=4 + step // 40),
         a.steps,
         f'{a.out}/hats',
         lr=1.5e-3,
@@ -315,7 +316,7 @@ def second_course(
         seed=2,
         save_every=240,
     )
-    facts = told | dict(
+    facts = training | dict(
         hats=f'{a.steps} more steps (--hats) on 8 x 1024 clips with more hats, and a fifth of the way back'
     )
     _publish({k: torch.lerp(v, start[k], 0.2) for k, v in end.items()}, tok, facts, a)

@@ -100,10 +100,10 @@ class Clips:
 def __call__(
     self: Clips,
     g,      # `torch.Generator`
-    ready,  # how many chunks are in play
+    available,  # how many chunks are in play
     n=32,
 ):
-    while len(self.data) < min(len(self.chunks), ready):
+    while len(self.data) < min(len(self.chunks), available):
         self.load()
     z, table, index = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
     i = torch.randint(len(z), (n,), generator=g)
@@ -117,10 +117,10 @@ def flow_loss(
     clips,
     # as for `Clips`
     g,
-    ready,
+    available,
 ):
     "Squared error of the velocity on one random batch."
-    x0, words, mask = clips(g, ready)
+    x0, words, mask = clips(g, available)
     sigma = draw_places(len(x0), g, flow_ratio(*model.native_size, model.base))
     eps = torch.randn(x0.shape, generator=g)
     x = flow_mix(x0, eps, sigma.view(-1, 1, 1, 1, 1))

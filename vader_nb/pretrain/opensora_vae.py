@@ -41,8 +41,8 @@ def linear_start(
             continue
         w = m.conv.weight.data.zero_()
         o, i, k = w.shape[:3]
-        mix = torch.nn.init.orthogonal_(torch.empty(o, i * k), gain=max(1, o / (i * k)) ** 0.5)
-        w[..., k // 2, k // 2] = mix.view(o, i, k)
+        matrix = torch.nn.init.orthogonal_(torch.empty(o, i * k), gain=max(1, o / (i * k)) ** 0.5)
+        w[..., k // 2, k // 2] = matrix.view(o, i, k)
         if m.conv.bias is not None:
             m.conv.bias.data.zero_()
     for m in vae.modules():

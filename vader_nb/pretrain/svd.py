@@ -228,9 +228,9 @@ class Starts:
 def __call__(
     self: Starts,
     g,      # `torch.Generator`
-    ready,  # how many chunks are in play
+    available,  # how many chunks are in play
 ):
-    while len(self.data) < min(len(CHUNKS), ready):
+    while len(self.data) < min(len(CHUNKS), available):
         self.load()
     z, x, e = self.data[int(torch.randint(len(self.data), (1,), generator=g))]
     i = torch.randint(len(z), (self.batch,), generator=g)
@@ -258,10 +258,10 @@ def svd_loss(
     batches,
     # as for `Starts`
     g,
-    ready,
+    available,
 ):
     "Squared error of v on one random batch."
-    z, x, e = batches(g, ready)
+    z, x, e = batches(g, available)
 
     def draw():
         return torch.randn(len(z), generator=g)
@@ -449,7 +449,7 @@ def train_unet(
 
     pretrain(
         unet,
-        lambda g, step: svd_loss(unet, batches, g, ready=2 + step // 100),
+        lambda g, step: svd_loss(unet, batches, g, available=2 + step // 100),
         a.steps,
         a.out,
         lr=1.5e-3,

@@ -248,12 +248,12 @@ def main(argv=None):
     painter = Painter(SMALL)
     clips = pool(a.clips)
 
-    def some(g):
+    def draw_batch(g):
         return batch(clips[torch.randint(len(clips), (16,), generator=g)])
 
     weights = pretrain(
         painter,
-        lambda g, step: paint_loss(painter, some(g), g),
+        lambda g, step: paint_loss(painter, draw_batch(g), g),
         a.painting,
         f'{a.out}/encoder',
         lr=2e-3,

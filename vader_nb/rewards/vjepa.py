@@ -116,13 +116,13 @@ class VJepa2(nn.Module):
         """Features of the hidden tokens. The library's own forward lets the encoder see everything; here hidden tokens
         are dropped first.
         """
-        seen, asked = [i.expand(len(clips), -1) for i in (visible, hidden)]
+        seen, masked = [i.expand(len(clips), -1) for i in (visible, hidden)]
         every = self.model.encoder.embeddings(clips.transpose(1, 2))
         x = take(every, visible)
         for layer in self.model.encoder.layer:
             x = layer(x, seen)[0]
         context = torch.zeros_like(every).index_copy(1, visible, self.model.encoder.layernorm(x))
-        return self.model.predictor(context, [seen], [asked]).last_hidden_state
+        return self.model.predictor(context, [seen], [masked]).last_hidden_state
 
 # %% ../../nbs/5_rewards/08_vjepa.ipynb #5a10d0d9
 VITL16 = 'https://dl.fbaipublicfiles.com/jepa/vitl16/vitl16.pth.tar'  # V-JEPA 1 is not on the hub

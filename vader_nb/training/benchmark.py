@@ -21,11 +21,11 @@ def seconds(
     "How long a call takes, the work on the GPU included."
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 # %% ../../nbs/7_training/04_benchmark.ipynb #e80b8302
 def _denoising_seconds(

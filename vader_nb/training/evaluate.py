@@ -74,8 +74,8 @@ def evaluate(
     from accelerate.utils import gather_object
     number, count = share
     scores = []
-    for i, some in bar(batches(prompts, config.batch_size)[number::count]):
-        scores.append(score_clips(model, reward, some, config, judge, fold_seed(config.seed, 'evaluate', i)))
+    for i, batch in bar(batches(prompts, config.batch_size)[number::count]):
+        scores.append(score_clips(model, reward, batch, config, judge, fold_seed(config.seed, 'evaluate', i)))
     if count > 1:
         scores = gather_object(scores)
     means = {name: clip_mean([x for s in scores for x in s[name]]) for name in scores[0]}
@@ -170,10 +170,10 @@ def best_of(
 ) -> torch.Tensor:  # pixels (b, f, 3, h, w) in [0, 1]
     "Of `n` clips of each prompt the one with the highest score."
     chosen = []
-    for i, some in batches(prompts, config.batch_size):
+    for i, batch in batches(prompts, config.batch_size):
         seeds = [fold_seed(config.seed, 'best of', i, k) for k in range(n)]
-        clips = torch.stack([sample_clips(model, some, config, seed) for seed in seeds])
+        clips = torch.stack([sample_clips(model, batch, config, seed) for seed in seeds])
         with torch.no_grad():
             scores = torch.stack([score(video) for video in clips])
-        chosen.append(clips[scores.argmax(0), torch.arange(len(some))])
+        chosen.append(clips[scores.argmax(0), torch.arange(len(batch))])
     return torch.cat(chosen)

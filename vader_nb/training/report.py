@@ -24,8 +24,8 @@ def sample_all(
 ) -> torch.Tensor:  # pixels (b, f, 3, h, w) in [0, 1]
     "A clip of each prompt, batch by batch, always from the same noise."
     clips = []
-    for i, some in batches(prompts, config.batch_size):
-        clips.append(sample_clips(model, some, config, fold_seed(config.seed, 'samples', i)))
+    for i, batch in batches(prompts, config.batch_size):
+        clips.append(sample_clips(model, batch, config, fold_seed(config.seed, 'samples', i)))
     return torch.cat(clips)
 
 # %% ../../nbs/7_training/02_report.ipynb #842b4d73

@@ -347,7 +347,7 @@ def summary(
 @patch
 def train_step(self: Trainer) -> dict:  # the line for the log
     "All passes of a step, then the optimizer."
-    began = time.perf_counter()
+    start = time.perf_counter()
     with self.count_passes():
         if self.method.collect and self.is_used_up():
             self.collect()
@@ -358,7 +358,7 @@ def train_step(self: Trainer) -> dict:  # the line for the log
     self.optimizer.zero_grad()
     self.step += 1
     self.queries += sum(len(r.get('reward', ())) for r in records)
-    return self.summary(records, norm, time.perf_counter() - began)
+    return self.summary(records, norm, time.perf_counter() - start)
 
 # %% ../../nbs/7_training/03_trainer.ipynb #17bacdf9
 @patch
@@ -643,9 +643,9 @@ def check_run(
     check(not wandb or importlib.util.find_spec('wandb'), 'wandb is not installed: pip install wandb, or go without')
     check(len(self.prompts) > 0, 'there are no training prompts: give at least one')
     check_reward_names(self.reward)
-    for _, some in batches([*self.prompts, *self.eval_prompts], 8):
-        self.model.encode(some, c.frames, c.height, c.width)
-        self.reward.check_prompts(some)
+    for _, batch in batches([*self.prompts, *self.eval_prompts], 8):
+        self.model.encode(batch, c.frames, c.height, c.width)
+        self.reward.check_prompts(batch)
 
 # %% ../../nbs/7_training/03_trainer.ipynb #c93acb7f
 def fit(

@@ -161,7 +161,7 @@ def start_image(
     "The first frame of a dull scene that `prompt` describes, (3, h, w) in [0, 1]: the same words, the same frame."
     number = re.search(r'\((\d+)\)$', prompt)
     check_vocabulary([re.sub(r'\(\d+\)$', '', prompt)])
-    asked = parse(prompt)
-    given = {k: v for k, v in asked.items() if v >= 0}
+    parsed = parse(prompt)
+    given = {k: v for k, v in parsed.items() if v >= 0}
     scene = scenes(1, int(number[1]) if number else 0, **{'obj': 0, 'hat': 0, **given})
     return draw(scene, 1, height, width)[0, 0]
