@@ -284,7 +284,7 @@ def load_svd(
     folder = model_path('svd_xt' if xt else 'svd', scale)
     how = {**SIZES[scale], **(dict(native_size=(25, 576, 1024)) if xt else {})}
     model = open_svd(folder, device, dtype, **how)
-    from vader_nb.world.captions import captions, start_image
+    from vader_nb.world.captions import start_image
 
     model.draw = start_image  # captions of the small world stand for pictures, too
     return model

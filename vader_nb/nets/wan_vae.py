@@ -40,8 +40,8 @@ class Stage:
 # %% ../../nbs/3_models/09_wan_vae.ipynb #60402915
 @patch
 def needs(self: Stage, box, sides):
-    """What of its input, pictures of these `sides`, the `box` of its output depends on: the first and the last frame, row
-    and column.
+    """What of its input, pictures of these `sides`, the `box` of its output depends on: the first and the last frame,
+    row and column.
     """
     (a, e), *spans = box
     if self.time == 2:
