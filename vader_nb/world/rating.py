@@ -191,7 +191,7 @@ def _edges(laplacian, contrast):
 def light_stats(
     frames: torch.Tensor,  # (n, 3, h, w) in [0, 1]
 ) -> dict:  # of (n,) tensors
-    "What the rule of light measures: the traces of light, the subject's edges, and colour, contrast, brightness, noise and sharpness."
+    "What the rule of light measures: traces of light, the subject's edges, and what else makes or spoils a picture."
     frames = _to_64(frames)
     r, g, b = frames.unbind(1)
     luma = .299 * r + .587 * g + .114 * b
