@@ -10,12 +10,14 @@ import torch
 from tiny_run import PROMPTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer, two_processes
 from vader_nb.config import Config
 from vader_nb.core import VaderError, make_generator
+from vader_nb.diffusion.samplers import sampler_from_config
 from vader_nb.diffusion.schedules import alpha_bars
 from vader_nb.models.base import Condition
 from vader_nb.records import read_lines
 from vader_nb.rewards.base import reward_from
 from vader_nb.show import save_gif, save_mp4
 from vader_nb.training.dpo import (
+    LEVELS,
     check_dpo,
     denoising_errors,
     dpo_collect,
@@ -60,8 +62,6 @@ class OneNumber:
     "A video model that predicts clean latents of one number everywhere, whatever it is given."
 
     name, device = 'one number', torch.device('cpu')
-    scheduler = type('Scheduler', (), dict(config=dict(prediction_type='sample', num_train_timesteps=100)))
-
     def __init__(self):
         self.weight, self.base = torch.tensor(0.0, requires_grad=True), torch.tensor(0.0)
         self.denoiser = self
@@ -77,6 +77,9 @@ class OneNumber:
             self.off = False
 
         return switched()
+
+    def sampler(self, steps, kind, eta, size):
+        return sampler_from_config(dict(prediction_type='sample'), kind, steps, eta)
 
     def encode(self, prompts, *size):
         return Condition(torch.zeros(len(prompts), 1), torch.zeros(len(prompts), 1))
@@ -124,28 +127,30 @@ def test_a_larger_beta_lets_go_earlier():
     assert push(5000.0) < push(500.0) < push(50.0)
 
 
-def test_a_pair_shares_its_noise_and_timestep():
+def test_a_pair_shares_its_noise_and_its_level():
     latents = torch.zeros(6, 4, 2, 3, 3)
-    noise, t = shared_noise(latents, 1000, make_generator(0))
-    assert torch.equal(noise[::2], noise[1::2]) and torch.equal(t[::2], t[1::2])
-    assert len(set(t.tolist())) == 3 and not torch.equal(noise[0], noise[2])
+    noise, level = shared_noise(latents, make_generator(0))
+    assert torch.equal(noise[::2], noise[1::2]) and torch.equal(level[::2], level[1::2])
+    assert len(set(level.tolist())) == 3 and not torch.equal(noise[0], noise[2])
 
 
-def test_timesteps_are_uniform():
-    _, t = shared_noise(torch.zeros(20000, 1, 1, 1, 1), 1000, make_generator(0))
-    counts = torch.histc(t.float(), 10, 0, 1000)
-    assert t.min() >= 0 and t.max() < 1000 and (counts - 2000).abs().max() < 200
+def test_noise_levels_are_uniform():
+    _, level = shared_noise(torch.zeros(20000, 1, 1, 1, 1), make_generator(0))
+    counts = torch.histc(level.float(), 10, 0, LEVELS)
+    assert level.min() >= 0 and level.max() < LEVELS and (counts - 2000).abs().max() < 200
 
 
 def test_errors_are_those_of_plain_training():
     model, config = tiny_model(), Config(**TINY)
-    x, t = model.noise(2, generator=make_generator(0)), torch.tensor([10, 700])
+    x, level = model.noise(2, generator=make_generator(0)), torch.tensor([490, 150])
+    t = model.sampler(LEVELS).timesteps[level]
+    assert (t - torch.tensor([18, 698])).abs().max() <= 1, 'every second timestep of training'
     noise = model.noise(2, generator=make_generator(1))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     a = alpha_bars(betas)[t].view(-1, 1, 1, 1, 1)
     with torch.no_grad():
         pred = model.predict(a.sqrt() * x + (1 - a).sqrt() * noise, t, model.encode(PROMPTS[:2]), 1.0)
-        ours = denoising_errors(model, x, noise, t, PROMPTS[:2], config)
+        ours = denoising_errors(model, x, noise, level, PROMPTS[:2], config)
     torch.testing.assert_close(ours, (pred - noise).square().flatten(1).mean(1), atol=1e-5, rtol=1e-4)
 
 
@@ -306,13 +311,15 @@ def test_settings_with_which_dpo_cannot_work(changes, says):
     assert '\n' not in str(e.value)
 
 
-def test_a_model_without_a_table_of_timesteps_is_refused():
-    model, config = tiny_model(), Config(**{**TINY, **DPO, 'sampler': 'rflow'})
+def test_what_the_model_cannot_do_is_refused(clips):
+    model, config = tiny_model(), Config(**{**TINY, **DPO})
     with pytest.raises(VaderError):
-        check_dpo(model, config)
-    with pytest.raises(VaderError, match='a plain table of timesteps, which modelscope does not have'):
-        model.sampler = lambda *a, **k: object()
-        check_dpo(model, config)
+        check_dpo(model, replace(config, sampler='rflow'))
+    noise = model.noise
+    model.noise = lambda *args: noise(*args)[:, :, ::2]  # as a VAE that squeezes time has it
+    check_dpo(model, config)
+    with pytest.raises(VaderError, match='not one of images, so clips from a file cannot become latents'):
+        check_dpo(model, replace(config, pairs=str(clips / 'pairs.jsonl')))
 
 
 # A run

@@ -6,12 +6,14 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 from vader_nb.core import VaderError, make_generator, randn
 from vader_nb.diffusion.schedules import a_from_sigma, eps_from_x0, mixture_x0, prediction_target, sigma_from_a
 from vader_nb.diffusion.samplers import (
+    Step,
     DDIM,
     DPMpp,
     Euler,
@@ -75,7 +77,7 @@ def theirs(scheduler, steps, seed=0, **kw):
 
 def same(scheduler, kind, steps, eta=0.0):
     sampler = sampler_from_config(scheduler.config, kind, steps, eta)
-    b = theirs(scheduler, steps, **(dict(eta=eta) if kind == "ddim" else {}))
+    b = theirs(scheduler, steps, **(dict(eta=eta) if kind == 'ddim' else {}))
     close(sampler.timesteps.double(), scheduler.timesteps.double(), rtol=1e-6, atol=1e-5)
     for i, (u, w) in enumerate(zip(ours(sampler), b, strict=True)):
         assert (u - w).abs().max() <= 1e-5 * w.abs().max(), f'step {i}: {(u - w).abs().max() / w.abs().max():.1e}'
@@ -176,6 +178,14 @@ def test_euler_svd(steps):
     assert math.isclose(
         sampler_from_config(s.config, 'euler', steps).init_sigma, float(s.init_noise_sigma), rel_tol=1e-6
     )
+
+
+@spacings
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('steps', [25, 3])
+def test_euler_with_eta_one_is_ancestral(spacing, prediction, steps):
+    config = dict(**SD, timestep_spacing=spacing, prediction_type=prediction)
+    same(EulerAncestralDiscreteScheduler(**config), 'euler', steps, eta=1.0)
 
 
 @pytest.mark.parametrize('shift', [1.0, 3.0])
@@ -337,14 +347,32 @@ def test_log_prob_is_the_normal_density():
         close(log_prob(x, mean, sigma), want)
 
 
-@pytest.mark.parametrize('kind,eta', [('ddpm', 0.0), ('ddim', 1.0), ('ddim', 0.3)])
+@pytest.mark.parametrize('kind,eta', [('ddpm', 0.0), ('ddim', 1.0), ('ddim', 0.3), ('euler', 1.0)])
 def test_log_prob_of_each_step(kind, eta):
     sampler, g = sampler_from_config(dict(SD, set_alpha_to_one=False, steps_offset=1), kind, 10, eta), make_generator(0)
-    for i in range(10 - (kind == 'ddpm')):
+    for i in range(10 - (kind != 'ddim')):
         x, pred, z = (randn(shape, g) for _ in range(3))
         s = sampler.step(i, x, pred, z)
         want = (-0.5 * z.double() ** 2 - math.log(s.sigma * math.sqrt(2 * math.pi))).flatten(1).sum(1)
         close(log_prob(s.x, s.mean, s.sigma), want, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize('kind', ['ddpm', 'ddim', 'dpm++', 'euler', 'rflow'])
+@predictions
+def test_a_perfect_answer_to_the_training_pair_is_the_clean_sample(kind, prediction):
+    "The step that gets the target as its prediction estimates the clean data, at each sample's own noise level."
+    config = SD if kind == 'rflow' else dict(SD, prediction_type=prediction)
+    sampler, g = sampler_from_config(config, kind, 10), make_generator(0)
+    x0, eps = (randn((3, *shape[1:]), g, dtype=torch.float64) for _ in range(2))
+    level = torch.tensor([0, 4, 9])
+    seen, target = sampler.training_pair(level, x0, eps)
+    for k, i in enumerate(level.tolist()):
+        scale = sampler.a[i] ** 0.5 if kind == 'euler' else 1.0
+        x = seen[k : k + 1] / scale
+        close(sampler.scale_input(x, i), seen[k : k + 1])
+        before = Step(x, x0[k : k + 1], x, 0.0)
+        step = sampler.step(i, x, target[k : k + 1], torch.zeros_like(x), before)
+        close(step.x0, x0[k : k + 1], atol=1e-4, rtol=1e-4)
 
 
 def test_log_prob_gradient():
@@ -391,7 +419,7 @@ def test_known_gradient_factors(kw, kind, steps, low, high):
 def test_gradient_factor_is_autograds(kind, kw, prediction):
     if kind == 'rflow' and prediction != 'epsilon':
         pytest.skip('one prediction only')
-    config = {**SD, **kw} if kind == 'euler' else {**SD, **kw, 'prediction_type': prediction}
+    config = {**SD, **kw} if kind in ('euler', 'rflow') else {**SD, **kw, 'prediction_type': prediction}
     sampler, prev = sampler_from_config(config, kind, 20), None
     for i in range(20):
         x, pred, z = (randn((1, 3), make_generator(i + k), dtype=torch.float64) for k in range(3))
@@ -409,6 +437,7 @@ def test_bad_input():
     noisy = sampler_from_config(SD, 'ddim', 10, 1.0)
     for call, match in [
         (lambda: sampler_from_config(SD, 'plms', 10), 'unknown sampler'),
+        (lambda: sampler_from_config(DDIMScheduler(**SD).config, 'rflow', 10), 'networks that predict a flow'),
         (lambda: sampler_from_config(SD, 'ddim', 0), 'steps'),
         (lambda: sampler_from_config(SD, 'ddim', -3), 'steps'),
         (lambda: sampler_from_config(SD, 'ddim', 1001), 'steps'),

@@ -51,7 +51,7 @@ class Config:
     K: int = 6                            # the last of them that may carry a gradient
     where: str = 'x0'                     # 'last': decode the sample; 'x0': its estimate at one of the last K steps
     sampler: str = 'ddim'                 # 'ddpm', 'ddim', 'dpm++', 'euler' or 'rflow'
-    eta: float = 0.                       # DDIM's share of fresh noise
+    eta: float = 0.                       # share of fresh noise in DDIM and Euler
     guidance: float = 4.                  # classifier-free guidance scale; 1 is none
     frames: int = 8
     height: int = 64
@@ -110,9 +110,9 @@ def _check_method(
     passes = c.experience_batches * c.inner_epochs
     if c.method == 'ddpo':
         passes *= c.T
-        noisy = c.sampler == 'ddpm' or c.sampler == 'ddim' and c.eta > 0
+        noisy = c.sampler == 'ddpm' or c.sampler in ('ddim', 'euler') and c.eta > 0
         check(noisy, f"ddpo needs a sampler that draws noise, which {c.sampler} with eta={c.eta:g} does not: "
-                     "use sampler='ddim' with eta=1, or 'ddpm'")
+                     "use sampler='ddim' or 'euler' with eta=1, or 'ddpm'")
     else:
         check(c.batch_size % 2 == 0, f'a batch of {c.batch_size} cannot hold pairs: choose an even batch_size')
     check(passes % c.gradient_accumulation_steps == 0,

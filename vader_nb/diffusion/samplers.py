@@ -16,8 +16,13 @@ from torch import Tensor
 from ..core import check
 from vader_nb.diffusion.schedules import (
     a_from_sigma,
+    add_noise,
     alpha_bars,
+    flow_mix,
+    flow_target,
     linear_betas,
+    per_sample,
+    prediction_target,
     scaled_linear_betas,
     sigma_from_a,
     to_x0_eps,
@@ -107,12 +112,16 @@ def euler_step(
     x0: Tensor,         # estimate of the clean data
     sigma: float,       # noise level now
     sigma_next: float,  # noise level after the step
+    eta: float = 0.0,   # share of fresh noise: 0 none, 1 as much as DDPM
+    noise: Tensor | None = None,  # fresh noise, needed if eta > 0
 ) -> Step:
     """One Euler step of EDM's ODE ([Karras et al. 2022](https://arxiv.org/abs/2206.00364), Algorithm 1 without its
-    second-order correction).
+    second-order correction). With eta = 1 it is the ancestral step of k-diffusion: it goes below the next noise level
+    and makes up for that with fresh noise.
     """
-    x = x + (sigma_next - sigma) * (x - x0) / sigma
-    return Step(x, x0, x, 0.0)
+    fresh = eta * sigma_next / sigma * (sigma**2 - sigma_next**2) ** 0.5
+    kept = (sigma_next**2 - fresh**2) ** 0.5
+    return draw(x0, x + (kept - sigma) * (x - x0) / sigma, fresh, noise)
 
 # %% ../../nbs/2_diffusion/01_samplers.ipynb #a2909ba9
 def dpmpp_2m_step(
@@ -164,6 +173,16 @@ class Sampler:
     ) -> Tensor:  # what the network should see
         "Bring the sample to unit scale; only EDM's need it."
         return x
+
+    def training_pair(
+        self,
+        i: Tensor,    # (b,) the step that each sample stands before
+        x0: Tensor,   # (b, ...) clean data
+        eps: Tensor,  # unit Gaussian noise shaped like `x0`
+    ) -> tuple:  # (what the network sees there, what it should predict)
+        "Equations 1 and 2 at the noise levels of this sampler: an input of the denoiser, and its target."
+        a = per_sample(torch.tensor(self.a), i, x0).to(x0)
+        return add_noise(x0, eps, a), prediction_target(x0, eps, a, self.prediction)
 
     def step(
         self,
@@ -236,13 +255,22 @@ class Euler(Sampler):
     sigmas: list                 # T+1 noise levels, before the first step and after each
     prediction: str = 'epsilon'  # or 'v_prediction', 'sample'
     init_sigma: float = 1.0
+    eta: float = 0.0             # 0 deterministic, 1 as noisy as DDPM
+
+    @property
+    def a(self):
+        return [a_from_sigma(s) for s in self.sigmas]
+
+    @property
+    def stochastic(self):
+        return self.eta > 0
 
     def scale_input(self, x, i):
-        return x * a_from_sigma(self.sigmas[i]) ** 0.5
+        return x * self.a[i] ** 0.5
 
     def move(self, i, x, pred, noise, prev):
-        x0, _ = to_x0_eps(self.scale_input(x, i), pred, a_from_sigma(self.sigmas[i]), self.prediction)
-        return euler_step(x, x0, self.sigmas[i], self.sigmas[i + 1])
+        x0, _ = to_x0_eps(self.scale_input(x, i), pred, self.a[i], self.prediction)
+        return euler_step(x, x0, self.sigmas[i], self.sigmas[i + 1], self.eta, noise)
 
 
 @dataclass
@@ -252,6 +280,10 @@ class RFlow(Sampler):
     timesteps: Tensor  # (T,) the times that the network gets
     sigmas: list       # T+1 places on the line, from 1 (noise) to 0 (data)
     prediction = 'flow_prediction'
+
+    def training_pair(self, i, x0, eps):
+        sigma = per_sample(torch.tensor(self.sigmas), i, x0).to(x0)
+        return flow_mix(x0, eps, sigma), flow_target(x0, eps)
 
     def move(self, i, x, pred, noise, prev):
         return rflow_step(x, pred, self.sigmas[i], self.sigmas[i + 1])
@@ -405,7 +437,7 @@ def sampler_from_config(
     config: dict,      # `scheduler.config` of a diffusers scheduler
     kind: str,         # 'ddpm', 'ddim', 'dpm++', 'euler' or 'rflow'
     steps: int,        # T
-    eta: float = 0.0,  # DDIM only: share of fresh noise, 0 to 1
+    eta: float = 0.0,  # DDIM and Euler: share of fresh noise, 0 to 1
 ) -> Sampler:
     """The sampler that diffusers' scheduler of that kind would be with this config, without `clip_sample`, on purpose.
 
@@ -415,17 +447,23 @@ def sampler_from_config(
     """
     kinds = {'ddpm': _ddpm, 'ddim': _ddim, 'dpm++': _dpmpp, 'euler': _euler}
     check(kind in kinds or kind == 'rflow', f'unknown sampler {kind!r}; choose one of {", ".join(kinds)}, rflow')
+    flow = config.get('prediction_type', 'flow_prediction') == 'flow_prediction'
+    check(kind != 'rflow' or flow, 'rflow is for networks that predict a flow; take ddim, ddpm, dpm++ or euler')
     config = {k: v for k, v in config.items() if k not in config.get('_use_default_values', ())}
     odd = [f'{k}={v!r}' for k, v in config.items() if k in _SUPPORTED and v not in (None, _SUPPORTED[k])]
     check(not odd, f'scheduler setting {", ".join(odd)} is not supported')
     n = config.get('num_train_timesteps', 1000)
     check(isinstance(steps, int) and 0 < steps <= n, f'steps is {steps!r}; it must be a whole number from 1 to {n}')
-    check(eta == 0 or (kind == 'ddim' and 0 < eta <= 1), f'eta is {eta} for {kind}; only ddim takes one, from 0 to 1')
+    takes_eta = kind in ('ddim', 'euler')
+    check(
+        eta == 0 or (takes_eta and 0 < eta <= 1),
+        f'eta is {eta} for {kind}; only ddim and euler take one, from 0 to 1',
+    )
     if kind == 'rflow':
         return _rflow(config, steps, n)
     sampler = kinds[kind](config, steps, schedule(config).double())
     sampler.prediction = config.get('prediction_type', 'epsilon')
-    if kind == 'ddim':
+    if takes_eta:
         sampler.eta = eta
     return sampler
 

@@ -376,12 +376,9 @@ def denoise(self: SVD, x, t, embeds, image, ids):
 
 @patch
 def sampler(self: SVD, steps, kind='euler', eta=0.0, size=()):
-    "Euler steps on Karras' noise levels; raises `VaderError` for another kind."
-    check(
-        kind == 'euler' and eta == 0,
-        f"{self.name} lives on noise levels, not on timesteps: use kind='euler' and eta=0, not {kind!r} and {eta}",
-    )
-    return super(SVD, self).sampler(steps, kind)
+    "Euler steps on Karras' noise levels, with a share `eta` of fresh noise; raises `VaderError` for another kind."
+    check(kind == 'euler', f"{self.name} lives on noise levels, not on timesteps: use kind='euler', not {kind!r}")
+    return super(SVD, self).sampler(steps, kind, eta)
 
 # %% ../../nbs/3_models/08_svd.ipynb #69466dff
 @patch

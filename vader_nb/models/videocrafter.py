@@ -63,6 +63,9 @@ class ScaledDDIM(DDIM):
     scale: list = None       # T scales of the clean latents before each step
     scale_prev: list = None  # and after it
 
+    def training_pair(self, i, x0, eps):
+        return super().training_pair(i, per_sample(torch.tensor(self.scale), i, x0).to(x0) * x0, eps)
+
     def move(self, i, x, pred, noise, prev):
         faint, eps = to_x0_eps(x, pred, self.a[i], self.prediction)
         x0 = faint / self.scale[i]

@@ -25,6 +25,10 @@ class Policy(Sampler):
     def __init__(self, sampler):
         self.sampler = sampler
         self.timesteps = sampler.timesteps
+        self.init_sigma = sampler.init_sigma
+
+    def scale_input(self, x, i):
+        return self.sampler.scale_input(x, i)
 
     def move(self, i, x, pred, noise, prev):
         step = self.sampler.step(i, x, pred, noise, prev)
@@ -134,12 +138,13 @@ def new_log_prob(
     c = config
     policy, steps = make_policy(model, c), part['step'].tolist()
     cond = model.encode(part['prompts'], c.frames, c.height, c.width)
-    pred = model.predict(part['before'], policy.timesteps[steps], cond, c.guidance)
+    before, after = part['before'].split(1), part['after'].split(1)
+    scaled = torch.cat([policy.scale_input(x, i) for x, i in zip(before, steps)])
+    pred = model.predict(scaled, policy.timesteps[steps], cond, c.guidance)
     values = []
-    for k, i in enumerate(steps):
-        clip = slice(k, k + 1)
-        step = policy.step(i, part['before'][clip], pred[clip], torch.zeros_like(pred[clip]))
-        values.append(step_log_prob(part['after'][clip], step.mean, step.sigma, c.log_prob))
+    for i, x, x_next, clip_pred in zip(steps, before, after, pred.split(1)):
+        step = policy.step(i, x, clip_pred, torch.zeros_like(clip_pred))
+        values.append(step_log_prob(x_next, step.mean, step.sigma, c.log_prob))
     return torch.cat(values)
 
 # %% ../../nbs/7_training/05_ddpo.ipynb #879d68df
