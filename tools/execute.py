@@ -6,6 +6,7 @@ import os, sys, time
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
@@ -44,12 +45,23 @@ def without_players(nb):
     return nb
 
 
+def with_small_drawings(nb):
+    "Store drawings with a palette of 256 colours: a third of the size, and nobody sees the difference."
+    shown = [o.data for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    for data in shown:
+        small = io.BytesIO()
+        drawing = Image.open(io.BytesIO(base64.b64decode(data['image/png']))).convert('RGB')
+        drawing.quantize(256).save(small, 'PNG', optimize=True)
+        data['image/png'] = min(data['image/png'], base64.b64encode(small.getvalue()).decode(), key=len)
+    return nb
+
+
 def execute(path):
     "Run one notebook in its own folder and write it back with its outputs."
     nb = nbformat.read(path, 4)
     where = {'metadata': {'path': str(path.parent)}}
     Client(nb, timeout=1800, kernel_name='python3', coalesce_streams=True, resources=where).execute()
-    nbformat.write(without_players(nb), path)
+    nbformat.write(with_small_drawings(without_players(nb)), path)
     nbdev_clean(str(path))
 
 
