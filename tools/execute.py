@@ -2,14 +2,14 @@
 nbs/4_method/02_rollout.ipynb ...
 """
 
-import os, sys, time
+import base64, io, os, sys, time
 from pathlib import Path
 
 import nbformat
-from PIL import Image
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
+from PIL import Image
 
 import vader_nb  # noqa: F401  (kernels inherit how threads wait)
 
