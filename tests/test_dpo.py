@@ -62,6 +62,7 @@ class OneNumber:
     "A video model that predicts clean latents of one number everywhere, whatever it is given."
 
     name, device = 'one number', torch.device('cpu')
+
     def __init__(self):
         self.weight, self.base = torch.tensor(0.0, requires_grad=True), torch.tensor(0.0)
         self.denoiser = self

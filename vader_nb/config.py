@@ -69,6 +69,8 @@ class Config:
     clip_range: float = 1e-4              # ddpo: how far from 1 the probability ratio still counts
     beta: float = 5000.                   # dpo: how much leaving the base model costs
     pairs: str = ''                       # dpo: a file of pairs to learn from instead of pairs that are sampled
+    rounds: int = 1                       # svd: clips of a long video, each going on from the last frame before it
+    through: bool = False                 # svd: does the gradient pass through that frame into the rounds before?
 
     def __post_init__(self): check_config(self)
 
@@ -84,19 +86,20 @@ _choices = dict(
 )
 _at_least_0 = ['seed', 'eval_every']
 _at_least_1 = ['train_steps', 'batch_size', 'gradient_accumulation_steps', 'rank', 'T', 'K', 'save_every',
-               'frames', 'height', 'width', 'decoded_frames', 'experience_batches', 'inner_epochs']
+               'frames', 'height', 'width', 'decoded_frames', 'experience_batches', 'inner_epochs',
+               'rounds']
 _above_0 = ['lr', 'max_grad_norm', 'alpha', 'clip_range', 'beta']
-_kinds = {int: 'a whole number', float: 'a number', str: 'a word'}
+_kinds = {int: 'a whole number', float: 'a number', str: 'a word', bool: 'True or False'}
 
 # %% ../nbs/4_method/00_config.ipynb #4a1daf2e
 def _check_kind(
     name,        # of a field
-    kind: type,  # int, float or str
+    kind: type,  # int, float, str or bool
     value,
 ):
     "Raise `VaderError` unless `value` is of that kind and finite; a whole number may stand for a number."
     wanted = (int, float) if kind is float else kind
-    ok = isinstance(value, wanted) and not isinstance(value, bool)
+    ok = isinstance(value, wanted) and isinstance(value, bool) == (kind is bool)
     if ok and kind is float:
         ok = math.isfinite(value)
     check(ok, f'{name} is {value!r}, but must be {_kinds[kind]}')
@@ -139,6 +142,9 @@ def check_config(
     check(c.decoded_frames <= c.frames,
           f'decoded_frames is {c.decoded_frames}, but a clip has {c.frames} frames: choose 1 to {c.frames}')
     check(0 <= c.eta <= 1, f'eta is {c.eta}, but must lie between 0 and 1')
+    check(c.rounds == 1 or c.method == 'vader', f'{c.method} trains single clips: leave rounds at 1')
+    check(not c.through or c.where == 'last',
+          "through needs where='last': an estimate at an earlier step is no frame to go on from")
     check_tricks(c.tricks)
     _check_method(c)
 
@@ -162,7 +168,8 @@ _old_tricks = dict(
     adam8='adam8bit',
 )
 
-_later_fields = ['method', 'experience_batches', 'inner_epochs', 'advantage', 'log_prob', 'clip_range', 'beta', 'pairs']
+_later_fields = ['method', 'experience_batches', 'inner_epochs', 'advantage', 'log_prob', 'clip_range', 'beta', 'pairs',
+                 'rounds', 'through']
 
 def current_names(
     settings: dict,  # field -> value, of this version or an older one

@@ -87,6 +87,7 @@ def sample(
     kind=None,  # of sampler; by default the model's own
     eta=0.,     # DDIM's share of fresh noise
     size=(),    # frames, height, width; by default the model's own
+    **how,      # what the model's `encode` takes besides, such as SVD's noise and motion
 ) -> torch.Tensor:  # (b,f,3,h,w)
     "Clips, clamped to [0, 1] for showing."
     generator = make_generator(seed)
@@ -94,7 +95,7 @@ def sample(
     if kind:
         options['kind'] = kind
     with torch.no_grad(), eval_mode(model.denoiser):
-        cond = model.encode(prompts, *size, generator=generator)
+        cond = model.encode(prompts, *size, generator=generator, **how)
         x = model.noise(len(cond), *size, generator=generator)
         states = rollout(model, cond, x, model.sampler(T, **options), guidance, generator=generator, merge=True)
         video = model.decode(last(states).step.x)

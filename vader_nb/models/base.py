@@ -122,6 +122,7 @@ class VideoModel:
     """
 
     name = 'video model'
+    starts_from = 'text'  # or 'image': what a clip is made from
     lora_targets = ['to_q', 'to_k', 'to_v', 'to_out.0']  # endings of the names of the denoiser's layers that get LoRA
     full = {}  # settings of a training step at full size, fields of `Config`
     checkpoint_layers = ()  # classes of the layers that are recomputed one by one, see `Config.tricks`

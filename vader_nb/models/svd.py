@@ -110,7 +110,7 @@ def get_image(
         'give a PIL image',
     )
     check(
-        0 <= image.min() and image.max() <= 1,
+        image.is_meta or 0 <= image.min() and image.max() <= 1,  # meta tensors have no numbers
         f'a start image must lie in [0, 1], this one goes from {image.min():.3g} to {image.max():.3g}',
     )
     return image
@@ -186,7 +186,7 @@ class SVD(VideoModel):
     `VideoModel`.
     """
 
-    name = 'svd'
+    name, starts_from = 'svd', 'image'
     full = dict(frames=14, height=320, width=576, T=25, sampler='euler', guidance=3.0, mixed_precision='fp16')
     checkpoint_layers = ('SpatioTemporalResBlock', 'TransformerSpatioTemporalModel', 'ResnetBlock2D', 'Attention')
     draw = None  # function (caption, height, width) -> the picture that a caption stands for, where there is one
@@ -291,7 +291,6 @@ def load_svd(
 
 # %% ../../nbs/3_models/08_svd.ipynb #c1497032
 @patch
-@torch.no_grad()
 def embed(self: SVD, pictures):
     "CLIP's vectors `(b, 1, d)` of pictures (b, 3, 224, 224) in [0, 1]."
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.eyes.image_mean, self.eyes.image_std))
@@ -321,11 +320,10 @@ def views(self: SVD, image, height, width):
 
 # %% ../../nbs/3_models/08_svd.ipynb #ab0d1c64
 @patch
-@torch.no_grad()
 def image_latents(self: SVD, pixels, noise, generator):
     "Latents `(b, c, h, w)` of pixels (b, 3, H, W) with a little noise on them. They are not scaled."
     p = next(self.vae.encoder.parameters())
-    x = 2 * pixels - 1 + noise * randn(pixels.shape, generator, 'cpu')
+    x = 2 * pixels - 1 + noise * randn(pixels.shape, generator, pixels.device)
     return self.vae.encode(x.to(p.device, p.dtype)).latent_dist.mode()
 
 # %% ../../nbs/3_models/08_svd.ipynb #d8ba4fc7

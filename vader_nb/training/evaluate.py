@@ -6,6 +6,7 @@
 __all__ = ['FILTER', 'batches', 'sample_clips', 'score_clips', 'clip_mean', 'evaluate', 'photo_filter', 'fit_filter', 'best_of']
 
 # %% ../../nbs/7_training/01_evaluate.ipynb #1c1a2edf
+from pkgutil import resolve_name
 import torch
 import torch.nn.functional as F
 from ..core import check, make_generator
@@ -30,7 +31,10 @@ def sample_clips(
     "Sample clips with a run's settings."
     c = config
     size = (c.frames, c.height, c.width)
-    return sample(model, prompts, c.T, c.guidance, seed, c.sampler, c.eta, size)
+    if c.rounds == 1:
+        return sample(model, prompts, c.T, c.guidance, seed, c.sampler, c.eta, size)
+    extend = resolve_name('vader_nb.training.long_video:extend')  # a notebook of its own, after this one
+    return extend(model, prompts, c.rounds, c.T, c.guidance, seed, size)
 
 # %% ../../nbs/7_training/01_evaluate.ipynb #1b5b734b
 def score_clips(
