@@ -10,6 +10,9 @@ from vader_nb.core import VaderError, make_generator
 from vader_nb.rewards.base import check_reward, freeze, reward_from
 from vader_nb.rewards import aesthetic
 from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead, load_aesthetic, load_head
+from vader_nb.training.evaluate import fit_filter, photo_filter
+from vader_nb.world.rating import rate_light
+from vader_nb.world.scenes import draw, scenes
 from vader_nb.rewards.views import center_crop, clip_normalise, clip_view, resize_shorter
 
 here = Path(__file__).parent
@@ -258,3 +261,22 @@ def test_bad_heads(tmp_path):
         with pytest.raises(VaderError, match=words) as e:
             load_head(tmp_path / f'{name}.pth')
         assert '\n' not in str(e.value)
+
+
+# The reward of light
+
+
+def test_the_reward_of_light_follows_its_rule():
+    s = scenes(60, 78, 'any', light=torch.linspace(0, 1, 60))
+    video = draw(s, torch.tensor([3.0]))
+    light = aesthetic.load_light('cpu')
+    assert light.name == 'light' and torch.corrcoef(torch.stack([light(video), rate_light(video)]))[0, 1] > 0.85
+    check_reward(light, video[:3])
+
+
+def test_a_filter_gains_little_by_the_reward_of_light():
+    dull, sunlit = [draw(scenes(24, 6, grade), torch.tensor([3.0])) for grade in ('dull', 'sunlit')]
+    light = aesthetic.load_light('cpu')
+    with torch.no_grad():
+        gain = light(photo_filter(dull, fit_filter(light, dull, 30, 3))).mean() - light(dull).mean()
+        assert gain < (light(sunlit).mean() - light(dull).mean()) / 2.5

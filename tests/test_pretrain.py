@@ -9,12 +9,12 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vader_nb.core import VaderError, make_generator, read_json
 from vader_nb.world.judge import QUESTIONS, Judge
-from vader_nb.pretrain import aesthetic, clip, judge, modelscope, vae
+from vader_nb.pretrain import aesthetic, clip, judge, light, modelscope, vae
 from vader_nb.pretrain.loop import lr_at, options, pretrain, write_card
 from vader_nb.rewards.aesthetic import Aesthetic, AestheticHead
 from vader_nb.rewards.views import clip_normalise
 from vader_nb.world.scenes import ANIMALS, draw, scenes
-from vader_nb.world.rating import CORRUPTIONS, rate
+from vader_nb.world.rating import CORRUPTIONS, rate, rate_light
 from vader_nb.world.captions import parse
 from vader_nb.zoo import model_path
 
@@ -390,3 +390,44 @@ def test_hats_are_not_taught_twice(tmp_path):
                 ],
             ]
         )
+
+
+# The reward of light
+
+
+@pytest.mark.parametrize('way', light.WAYS)
+def test_each_way_of_treating_a_picture(small_vae, way):
+    x, r = way(make_generator(3), 8, small_vae)
+    assert x.shape == (8, 1, 3, 64, 64) and 0 <= x.min() and x.max() <= 1
+    assert (r >= 1).all() and (r <= rate_light(x) + 1e-5).all(), 'no more than the pixels deserve'
+    again = way(make_generator(3), 8, small_vae)
+    assert torch.equal(again[0], x) and torch.equal(again[1], r)
+
+
+def test_a_missing_subject_is_rated_low(small_vae):
+    assert light._gone(make_generator(1), 16, small_vae)[1].max() < 3
+
+
+def tiny_light():
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=64, patch_size=32, projection_dim=8, **size))
+    return Aesthetic(tower, AestheticHead((8, 8, 8, 8, 4)))
+
+
+def test_pictures_and_their_ratings(small_vae):
+    x, r = light.dataset(small_vae, 70, 0)
+    assert x.shape == (64, 3, 64, 64) and x.dtype == torch.uint8 and r.shape == (64,) and 1 <= r.min() and r.max() <= 10
+    q = light.quality(tiny_light(), x, r)
+    assert set(q) == {'RMSE', 'correlation'} and q['RMSE'] >= 0
+
+
+def test_the_loss_trains_tower_and_head():
+    reward = tiny_light().requires_grad_(True)
+    pictures = torch.randint(256, (20, 3, 64, 64), generator=make_generator(0), dtype=torch.uint8)
+    loss, seen = light._loss(reward, pictures, torch.full((20,), 3.0), make_generator(1))
+    loss.backward()
+    assert loss.item() == pytest.approx(seen['rmse'].item() ** 2, rel=1e-4)
+    grads = [reward.clip.vision_model.embeddings.patch_embedding.weight.grad, reward.head.layers[0].weight.grad]
+    assert all(g.abs().sum() > 0 for g in grads)

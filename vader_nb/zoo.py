@@ -128,6 +128,10 @@ CHECKPOINTS |= dict(
         size='4 MB',
         licence='Apache-2.0',
     ),
+    light=Checkpoint(
+        "the small reward of light: a tower of CLIP's kind and an aesthetic head",
+        small='light',
+    ),
     hps=Checkpoint(
         'Human Preference Score v2 (open_clip)',
         small='hps',
