@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANIMALS', 'CORE', 'LOOKALIKE', 'ACTIVITIES', 'OBJECTS', 'COLOURS', 'NAMES', 'GRADES', 'FACES', 'Scene', 'scenes',
-           'Animal', 'layout', 'draw']
+           'Animal', 'layout', 'draw', 'animal_masks']
 
 # %% ../../nbs/1_ground/04_scenes.ipynb #8bfecb6e
 import math
@@ -573,3 +573,23 @@ def draw(
         video[i], covered[i] = _paint_scenes(s[i], video[i], frames)
     video = _grade(video, s).permute(0, 1, 4, 2, 3).contiguous()
     return (video, covered[:, :, None]) if cover else video
+
+# %% ../../nbs/1_ground/04_scenes.ipynb #a4ba5c02
+def animal_masks(
+    s: Scene,   # one scene
+    height=64,  # pixels
+    width=64,   # pixels
+) -> torch.Tensor:  # (parts, h, w) in [0, 1]
+    "The visible share of each part of the animal in the first frame; parts below two pixels are left out."
+    check(len(s) == 1, f'animal_masks takes one scene, not {len(s)}')
+    parts = _film(layout(s, 1), s)[0, :, 0]
+    first = _THINGS.shape[1]
+    end = first + _BODIES.shape[1] + _HEADS.shape[1]
+    own = [p for p in range(first, end) if parts[p, VISIBLE] > 0]
+    tables = parts.expand(len(own), -1, -1).clone()  # one picture for each part: it is white, all others are black
+    tables[..., COLOUR] = 0
+    tables[torch.arange(len(own)), own, COLOUR] = 1
+    canvas = torch.zeros(len(own), 1, height, width, 3)
+    paint(tables[:, :, None], canvas)
+    masks = canvas[:, 0, ..., 0]
+    return masks[masks.sum((1, 2)) > 2]
