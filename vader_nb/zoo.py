@@ -206,6 +206,13 @@ CHECKPOINTS |= dict(
         'video features by masked prediction (our own V-JEPA 1; its full weights are not on the hub, see `load_vjepa`)',
         small='vjepa',
     ),
+    dinov2=Checkpoint(
+        'image features, a measure of drift (a `Dinov2Model`)',
+        hub='facebook/dinov2-base',
+        files='*.json model.safetensors',
+        size='346 MB',
+        licence='Apache-2.0',
+    ),
     vjepa2=Checkpoint(
         'V-JEPA 2 (a `VJEPA2Model`)',
         hub='facebook/vjepa2-vitl-fpc64-256',
