@@ -112,8 +112,6 @@ def test_load_replaces_and_trains_on(model, x, tmp_path):
 def test_bad_lora(model, tmp_path):
     with pytest.raises(VaderError, match='no whole LoRA'):
         load_lora(model, tmp_path)
-    with pytest.raises(VaderError, match='positive'):
-        add_lora(model, rank=0)
     add_lora(model)
     with pytest.raises(VaderError, match='already'):
         add_lora(model)
@@ -121,6 +119,12 @@ def test_bad_lora(model, tmp_path):
     other.lora_targets = ['to_nothing']
     with pytest.raises(VaderError, match='no layer'):
         add_lora(other)
+
+
+@pytest.mark.parametrize('rank, alpha', [(0, 8), (1.5, 8), (True, 8), ('8', 8), (8, 0), (8, float('inf')), (8, '8')])
+def test_rank_and_alpha_are_checked(rank, alpha, model):
+    with pytest.raises(VaderError, match='must be a (whole )?number above 0'):
+        add_lora(model, rank, alpha)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,7 @@ def test_damaged_lora(file, text, model, x, tmp_path):
 
 def test_lora_of_another_network(model, tmp_path):
     add_lora(model, rank=4)
+    pretend_training(model)
     save_lora(model, tmp_path / 'lora')
     other = Tiny()
     other.denoiser = torch.nn.Sequential(torch.nn.Linear(3, 3))
@@ -176,6 +181,26 @@ def one_nan(tensors, config):
 def one_inf(tensors, config):
     next(iter(tensors.values())).view(-1)[3] = float('inf')
     return tensors, config
+
+
+def all_B_zero(tensors, config):
+    return {k: v * (0 if 'lora_B' in k else 1) for k, v in tensors.items()}, config
+
+
+def all_A_zero(tensors, config):
+    return {k: v * (0 if 'lora_A' in k else 1) for k, v in tensors.items()}, config
+
+
+def too_large(tensors, config):
+    return {k: v.sign() * 1e30 for k, v in tensors.items()}, config
+
+
+def one_layer_of_alpha_nan(tensors, config):
+    return tensors, config | dict(alpha_pattern={'to_q': float('nan')})
+
+
+def one_layer_of_alpha_0(tensors, config):
+    return tensors, config | dict(alpha_pattern={'to_q': 0})
 
 
 def one_more(tensors, config):
@@ -289,6 +314,11 @@ DAMAGES = [
     no_B,
     one_nan,
     one_inf,
+    all_B_zero,
+    all_A_zero,
+    too_large,
+    one_layer_of_alpha_nan,
+    one_layer_of_alpha_0,
     one_more,
     another_rank,
     another_shape,
@@ -346,6 +376,7 @@ def test_what_would_change_nothing_or_break_is_refused(damage, tuned, model, x, 
 def test_loading_copies_no_weights(model, tmp_path):
     "The check looks at names and shapes only: a network of billions is not copied for it."
     add_lora(model, rank=4)
+    pretend_training(model)
     save_lora(model, tmp_path / 'lora')
     other = Tiny()
     before = {name: p.data_ptr() for name, p in other.denoiser.named_parameters()}
@@ -359,6 +390,7 @@ def test_loading_copies_no_weights(model, tmp_path):
 
 def test_loading_draws_no_random_numbers(model, tmp_path):
     add_lora(model, rank=4)
+    pretend_training(model)
     save_lora(model, tmp_path / 'lora')
     torch.manual_seed(5)
     load_lora(Tiny(), tmp_path / 'lora')

@@ -4,6 +4,7 @@ import pytest, torch
 from vader_nb.core import VaderError, write_json
 from vader_nb.training.run_folder import (
     check_folder,
+    check_inputs,
     checkpoints,
     fold_seed,
     random_state,
@@ -77,7 +78,18 @@ def test_whose_folder(tmp_path):
         check_folder(tmp_path / 'thesis.tex', settings)
 
 
-@pytest.mark.parametrize('left', ['.DS_Store', '.ipynb_checkpoints', 'Thumbs.db'])
+@pytest.mark.parametrize('left', ['.DS_Store', 'Thumbs.db', '._run', '.directory', '.gitkeep'])
 def test_what_tools_leave_in_a_folder_is_nothing(tmp_path, left):
-    (tmp_path / left).mkdir()
+    (tmp_path / left).touch()
+    (tmp_path / '.ipynb_checkpoints').mkdir()
     check_folder(tmp_path, dict(experiment='a'))
+    (tmp_path / '.git').mkdir()
+    with pytest.raises(VaderError, match='holds other files'):
+        check_folder(tmp_path, dict(experiment='a'))
+
+
+@pytest.mark.parametrize('damaged', ['[]', 'null', '3', '"a"', '{"prompts": 3}', '{"prompts": ["a"], "files": [1]}'])
+def test_a_damaged_record_of_the_inputs_is_one_line(tmp_path, damaged):
+    (tmp_path / 'inputs.json').write_text(damaged)
+    with pytest.raises(VaderError, match=str(tmp_path)):
+        check_inputs(tmp_path, dict(prompts=['a', 'b'], files={'a.png': '12'}))

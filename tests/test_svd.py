@@ -287,6 +287,7 @@ def test_start_images_show_what_the_caption_says():
         (['no/such/dog.png'], 'no image file'),
         ('dog.jpg', 'no image file'),
         ([7], 'got 7'),
+        ([np.zeros((4, 4, 3))], r'got array\(\[\[\['),
         (3, 'give a list'),
         ([], 'no start image'),
         (torch.rand(3, 32, 32), '32x32 pixels, the clip 32x40'),

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest, torch
 from tiny_models import tiny_pipeline
 from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer, two_processes
-from vader_nb.core import VaderError, make_generator
+from vader_nb.core import VaderError, make_generator, write_json
 from vader_nb.memory.lora import add_lora
 from vader_nb.memory.lora import saved_bytes
 from vader_nb.zoo import load_reward
 from vader_nb.rewards.base import reward_from
 from vader_nb.diffusion.rollout import sample
-from vader_nb.training.run_folder import checkpoints, run_inputs
+from vader_nb.training.run_folder import check_inputs, checkpoints, run_inputs
 from vader_nb.records import read_lines
 from vader_nb.config import Config
 from vader_nb.training.trainer import Trainer, fit
@@ -292,6 +292,36 @@ def test_a_start_image_is_recorded_by_its_pixels():
     assert one == same != other
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_start_image_may_be_a_tensor_of_any_kind(dtype):
+    images = [torch.full((3, 8, 8), grey, dtype=dtype, requires_grad=True) for grey in (0.5, 0.5, 0.25)]
+    one, same, other = run_inputs(tiny_model(), bright(), images, [])['prompts']
+    assert one == same != other
+
+
+def test_a_file_that_was_written_again_is_another_input(tmp_path):
+    "A start image under the same name, and a file of pairs."
+    from PIL import Image
+
+    model, image, pairs = tiny_model(), tmp_path / 'dog.png', tmp_path / 'pairs.jsonl'
+    model.starts_from = 'image'
+
+    def inputs():
+        return run_inputs(model, bright(), [image, 'a caption'], [], pairs)
+
+    for path in (image, pairs):
+        Image.new('RGB', (8, 8), 'red').save(image)
+        pairs.write_text('{}')
+        write_json(tmp_path / 'inputs.json', before := inputs())
+        check_inputs(tmp_path, inputs())
+        path.write_bytes(path.read_bytes() + b'\n')
+        with pytest.raises(VaderError, match=f'its {path} is '):
+            check_inputs(tmp_path, inputs())
+    del before['files']  # as older versions wrote it
+    write_json(tmp_path / 'inputs.json', before)
+    check_inputs(tmp_path, inputs())
+
+
 def test_a_missing_wandb_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(VaderError, match='wandb is not installed'):
@@ -302,6 +332,25 @@ def test_a_missing_wandb_leaves_nothing(tmp_path, monkeypatch):
 def test_prompts_may_come_from_a_generator(tmp_path):
     config = Config(**TINY, train_steps=1)
     assert list(fit(tiny_model(), bright(), (p for p in PROMPTS), config, tmp_path, iter(TESTS)))
+
+
+@pytest.mark.parametrize('prompts', ['a panda riding a bike', b'a panda', None, 3])
+def test_a_single_prompt_is_no_list(tmp_path, prompts):
+    for given in (dict(prompts=prompts), dict(prompts=PROMPTS, eval_prompts=prompts)):
+        with pytest.raises(VaderError, match='must be a list of prompts, not '):
+            list(fit(tiny_model(), bright(), config=Config(**TINY), folder=tmp_path, **given))
+
+
+@torch.inference_mode()
+def test_inference_mode_is_one_line(tmp_path):
+    with pytest.raises(VaderError, match='inference_mode'):
+        list(tiny_fit(tmp_path))
+
+
+def test_a_reward_without_a_name(tmp_path):
+    nameless = reward_from(lambda video, prompts: video.mean((1, 2, 3, 4)), '')
+    with pytest.raises(VaderError, match='has no name'):
+        list(fit(tiny_model(), nameless, PROMPTS, Config(**TINY), tmp_path))
 
 
 def test_a_loop_may_be_left(tmp_path):

@@ -49,6 +49,11 @@ def lora_parameters(
     "The parameters of the denoiser that are trained."
     return [p for p in model.denoiser.parameters() if p.requires_grad]
 
+def _check_number(name, value, kinds):
+    "Raise `VaderError` unless it is a number of these kinds above 0."
+    ok = type(value) in kinds and 0 < value < math.inf
+    check(ok, f'{name} is {value!r}, but must be a {"whole " if kinds == (int,) else ""}number above 0')
+
 # %% ../../nbs/4_method/01_lora.ipynb #2e16cce1
 def add_lora(
     model,    # a `VideoModel`; its denoiser is wrapped in place
@@ -58,7 +63,8 @@ def add_lora(
 ) -> list:  # the trainable parameters
     "Freeze the denoiser and put LoRA beside its `lora_targets`. Raises `VaderError` if it already has LoRA."
     from peft import LoraConfig
-    check(rank > 0 and alpha > 0, f'rank and alpha must be positive, not {rank} and {alpha}')
+    _check_number('rank', rank, (int,))
+    _check_number('alpha', alpha, (int, float))
     check(not _is_tuned(model), f'{model.name} already has an adapter')
     names = [f'.{name}' for name, _ in model.denoiser.named_modules()]
     for target in model.lora_targets:
@@ -131,11 +137,6 @@ def save_lora(
 # %% ../../nbs/4_method/01_lora.ipynb #4be66399
 _files = 'adapter_config.json', 'adapter_model.safetensors'
 
-def _check_number(name, value, kinds):
-    "Raise `VaderError` unless it is a number of these kinds above 0."
-    ok = type(value) in kinds and 0 < value < math.inf
-    check(ok, f'its {name} is {value!r}, but must be a {"whole " if kinds == (int,) else ""}number above 0')
-
 def _read_config(path):
     "The LoRA that a saved config describes."
     from peft import LoraConfig, PeftConfig
@@ -144,10 +145,18 @@ def _read_config(path):
     kind = getattr(config.peft_type, 'value', config.peft_type)
     check(isinstance(config, LoraConfig), f'its peft_type is {kind}, but must be LORA')
     check(config.target_modules, 'its config names no target_modules')
-    _check_number('r', config.r, (int,))
-    _check_number('lora_alpha', config.lora_alpha, (int, float))
+    for r in (config.r, *config.rank_pattern.values()): _check_number('its r', r, (int,))
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        _check_number('its lora_alpha', alpha, (int, float))
     config.inference_mode = False
     return config
+
+def _check_effect(tensors):
+    "Raise `VaderError` unless the products B A change something and can be computed."
+    norms = {name: tensor.float().norm() for name, tensor in tensors.items()}
+    products = [norms[a] * norms[b] for a in norms if (b := a.replace('lora_A', 'lora_B')) in norms and b != a]
+    check(all(p.isfinite() for p in products), 'its matrices are so large that their products are not finite')
+    check(not products or any(products), 'all its products B A are zero, so it changes nothing: it was never trained')
 
 def _read_lora(folder):
     "Config and tensors of a saved adapter. Raises `VaderError` if either is missing or damaged."
@@ -158,6 +167,7 @@ def _read_lora(folder):
         for name, tensor in tensors.items():
             check(tensor.is_floating_point(), f'{name} is of {tensor.dtype}, but must be of a floating-point type')
             check(tensor.float().isfinite().all(), f'{name} holds numbers that are not finite')
+        _check_effect(tensors)
         return config, tensors
     except Exception as e:
         raise VaderError(f'{folder} holds no whole LoRA ({", ".join(_files)}): {reason(e)}') from e

@@ -29,7 +29,7 @@ def is_picture(x):
 
 def described(x):
     "What `x` is, in a few words, for an error message."
-    return f'a tensor {tuple(x.shape)} of {x.dtype}' if torch.is_tensor(x) else repr(x)[:60]
+    return f'a tensor {tuple(x.shape)} of {x.dtype}' if torch.is_tensor(x) else ' '.join(repr(x).split())[:60]
 
 
 def check_images(images):

@@ -9,6 +9,7 @@ __all__ = ['fold_seed', 'random_state', 'set_random_state', 'fork_rng', 'checkpo
 # %% ../../nbs/7_training/00_run_folder.ipynb #cc145913
 import contextlib
 import hashlib
+import os
 import random
 import sys
 from itertools import zip_longest
@@ -106,11 +107,12 @@ def _check_settings(folder, old, new):
           f'{folder} has done {done} steps, more than {steps}: go on to {done} or more, or choose another folder')
 
 # %% ../../nbs/7_training/00_run_folder.ipynb #f83315dc
-_left_by_tools = {'.DS_Store', '.ipynb_checkpoints', 'Thumbs.db', 'desktop.ini'}
+_left_by_tools = {'.ipynb_checkpoints', 'Thumbs.db', 'desktop.ini'}  # besides hidden files
 
 def _is_empty(folder):
-    "Is there nothing in the folder, or no folder at all?"
-    return not folder.exists() or {p.name for p in folder.iterdir()} <= _left_by_tools
+    "Is there nothing in the folder but what tools leave behind, or no folder at all?"
+    if not folder.exists(): return True
+    return all(p.name in _left_by_tools or p.name.startswith('.') and p.is_file() for p in folder.iterdir())
 
 # %% ../../nbs/7_training/00_run_folder.ipynb #c3894b8b
 def check_folder(
@@ -141,18 +143,30 @@ def fingerprint(
     return digest.hexdigest()[:12]
 
 # %% ../../nbs/7_training/00_run_folder.ipynb #e6b32be2
+def _digest(data):
+    "A dozen letters that differ for different bytes."
+    return hashlib.sha256(data).hexdigest()[:12]
+
 def _written(prompt):
     "A prompt as JSON can hold it."
     if isinstance(prompt, (str, Path)): return str(prompt)
-    return 'image ' + hashlib.sha256(np.asarray(prompt).tobytes()).hexdigest()[:12]
+    pixels = prompt.detach().float().cpu() if torch.is_tensor(prompt) else prompt
+    return 'image ' + _digest(np.asarray(pixels).tobytes())
+
+def _named_files(prompts):
+    "Path -> hash of the files among the prompts."
+    paths = [Path(p) for p in prompts if isinstance(p, (str, Path)) and os.path.isfile(p)]
+    return {str(path): _digest(path.read_bytes()) for path in paths}
 
 def run_inputs(
     model,         # a `VideoModel` without LoRA
     reward,        # a `Reward`
     prompts,       # training prompts
     eval_prompts,  # held-out prompts
+    pairs='',      # a file of pairs to learn from
 ) -> dict:  # that JSON can hold
     "What decides a run besides its settings."
+    images = [*prompts, *eval_prompts] if model.starts_from == 'image' else []
     return dict(
         base=model.name,
         base_weights=fingerprint(model.denoiser),
@@ -160,11 +174,14 @@ def run_inputs(
         reward_weights=fingerprint(reward),
         prompts=[_written(p) for p in prompts],
         eval_prompts=[_written(p) for p in eval_prompts],
+        files=_named_files([*images, pairs]),
     )
 
 # %% ../../nbs/7_training/00_run_folder.ipynb #12eef0cd
 def _pairs(name, old, new):
-    "(name, old value, new value) of what must be equal; prompts one by one."
+    "(name, old value, new value) of what must be equal; prompts and files one by one."
+    if isinstance(new, (dict, list)) and not isinstance(old, type(new)): old = type(new)()  # an older version's
+    if isinstance(new, dict): return [(path, old.get(path, digest), digest) for path, digest in new.items()]
     if not isinstance(new, list): return [(name, old, new)]
     return [(f'{name}[{i}]', a, b) for i, (a, b) in enumerate(zip_longest(old, new))]
 
@@ -176,6 +193,7 @@ def check_inputs(
     path = Path(folder)/'inputs.json'
     if path.exists():
         old = read_json(path)
+        check(isinstance(old, dict), f'{path} is none of ours: choose another folder')
         for name, new in inputs.items():
             for pair in _pairs(name, old.get(name), new): _check_same(folder, *pair)
     elif (Path(folder)/'config.json').exists():

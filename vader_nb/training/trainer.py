@@ -130,7 +130,7 @@ def setup(self: Trainer):  # -> the trainer itself
     check(c.batch_size % n == 0,
           f'a batch of {c.batch_size} cannot be shared evenly by {n} processes: choose a multiple')
     set_seed(c.seed, device_specific=True)  # for a reward or model that draws from the global states
-    self.inputs = run_inputs(self.model, self.reward, self.prompts, self.eval_prompts)
+    self.inputs = run_inputs(self.model, self.reward, self.prompts, self.eval_prompts, self.config.pairs)
     weights = add_lora(self.model, c.rank, c.alpha, seed=c.seed)
     use_tricks(self.model, self.reward, c.tricks)  # before DDP wraps the denoiser
     names = {id(p): name for name, p in self.model.denoiser.named_parameters()}
@@ -631,9 +631,18 @@ def check_reward_names(
     "Raise `VaderError` if a term of `reward` has the name of another column of the log."
     terms = getattr(reward, 'rewards', None)
     names = {reward.name} if terms is None else {term.name for term in terms}
+    check('' not in names, 'a reward has no name: give it one')
     taken = names & (_columns if terms is None else _columns | {'reward'})
     listed = ', '.join(sorted(taken))
     check(not taken, f'a reward is called {listed!r}, as a column of the log is: give it another name')
+
+def list_of(
+    prompts,  # an iterable, such as a generator
+) -> list:
+    "All prompts. Raises `VaderError` for a single text or something else that holds none."
+    ok = hasattr(prompts, '__iter__') and not isinstance(prompts, (str, bytes))
+    check(ok, f'prompts must be a list of prompts, not {prompts!r:.60}')
+    return list(prompts)
 
 # %% ../../nbs/7_training/03_trainer.ipynb #f3e959f2
 @patch
@@ -644,10 +653,11 @@ def check_run(
 ):
     "Raise `VaderError` for a folder, prompts or a missing package with which the run could not end well."
     c = self.config
+    check(not torch.is_inference_mode_enabled(), 'torch.inference_mode allows no gradient: train outside of it')
     check_folder(self.folder, asdict(c), resume)
     if self.method.check:
         self.method.check(self.model, c)
-    check_inputs(self.folder, run_inputs(self.model, self.reward, self.prompts, self.eval_prompts))
+    check_inputs(self.folder, run_inputs(self.model, self.reward, self.prompts, self.eval_prompts, c.pairs))
     check(not wandb or importlib.util.find_spec('wandb'), 'wandb is not installed: pip install wandb, or go without')
     check(len(self.prompts) > 0, 'there are no training prompts: give at least one')
     check_reward_names(self.reward)
@@ -670,7 +680,7 @@ def fit(
     progress=False,      # show progress bars
 ):  # -> generator of dicts
     "Train a LoRA on `model`: yields a record per optimizer step, leaves a run folder. Raises `VaderError`."
-    prompts, eval_prompts = list(prompts), list(eval_prompts)
+    prompts, eval_prompts = list_of(prompts), list_of(eval_prompts)
     method = Method(step_fn) if step_fn else method_of(config)
     trainer = Trainer(model, reward, prompts, config, Path(folder), eval_prompts, judge, method, progress)
     trainer.check_run(resume, wandb)
