@@ -588,3 +588,9 @@ def test_the_front_door_is_lazy():
 def test_lines_of_code_can_be_read(path):
     long = [line for source in code(path) for line in source.split('\n') if len(line) > 120]
     assert not long
+
+
+@pytest.mark.parametrize('path', [p for p in paths if p.parent.name != 'nbs'], ids=lambda p: f'{p.parent.name}/{p.name}')
+def test_every_notebook_says_what_one_learns_and_how_long_it_runs(path):
+    opening = [''.join(c['source']) for c in read(path)['cells'][:5] if c['cell_type'] == 'markdown']
+    assert '**You will learn**' in '\n'.join(opening) and '**Runs in**' in '\n'.join(opening)
