@@ -590,7 +590,9 @@ def test_lines_of_code_can_be_read(path):
     assert not long
 
 
-@pytest.mark.parametrize('path', [p for p in paths if p.parent.name != 'nbs'], ids=lambda p: f'{p.parent.name}/{p.name}')
+@pytest.mark.parametrize(
+    'path', [p for p in paths if p.parent.name != 'nbs'], ids=lambda p: f'{p.parent.name}/{p.name}'
+)
 def test_every_notebook_says_what_one_learns_and_how_long_it_runs(path):
     opening = [''.join(c['source']) for c in read(path)['cells'][:5] if c['cell_type'] == 'markdown']
     assert '**You will learn**' in '\n'.join(opening) and '**Runs in**' in '\n'.join(opening)
