@@ -116,6 +116,14 @@ def test_every_loader_keeps_to_that_rule():
     assert not [p.name for p in modules if re.search(r'\b(pick_device|pick_dtype|default_dtype)\(', p.read_text())]
 
 
+def test_tests_run_on_the_cpu_unless_they_say_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    assert placement('full', None, None) == (torch.device('cpu'), torch.float32)
+    assert placement('full', 'cuda', None) == (torch.device('cuda'), torch.float16)
+    assert pick_device() == torch.device('cuda')  # the library's own rule
+
+
 def test_placement():
     assert (
         placement('full', 'cpu', None) == (torch.device('cpu'), torch.float32)

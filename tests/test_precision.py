@@ -18,6 +18,13 @@ from vader_nb.world.scenes import draw, scenes
 from vader_nb.zoo import MODELS, REWARDS, load_model, load_reward
 
 DEVICE = pick_device()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def default_device():
+    "These tests are for the GPU, too, and put their videos there."
+
+
 FORMATS = ['fp32', 'fp16 weights', 'bf16 weights', 'fp16 autocast', 'bf16 autocast']
 PROMPTS = ['a fox riding a bike', 'a panda playing chess']
 TINY = dict(wan=tiny_wan)  # bases without a small checkpoint
