@@ -194,6 +194,11 @@ def test_contract_catches(fn, words, video):
     says(words, check_reward, broken(fn), video, prompts)
 
 
+def test_a_reward_with_many_kinks_passes(video):
+    "Its slope shows over short distances only, as with the absolute errors of V-JEPA 2."
+    check_reward(reward_from(lambda v, p: (1200 * v).sin().mean((1, 2, 3, 4)), 'kinks'), video)
+
+
 def test_contract_needs_a_batch(video):
     says('two videos', check_reward, bright, video[:1])
 

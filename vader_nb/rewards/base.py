@@ -242,7 +242,8 @@ def _slope_error(reward, video, prompts, grad, seed):
 
     predicted = (grad * d).flatten(1).double().sum(1)
     norm = grad.flatten(1).double().norm(dim=1)
-    return min(((((at(e) - at(-e)) / (2 * e)) - predicted).abs() / norm).max().item() for e in (1e-2, 3e-3, 1e-3, 3e-4))
+    distances = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+    return min(((((at(e) - at(-e)) / (2 * e)) - predicted).abs() / norm).max().item() for e in distances)
 
 
 def _alone(reward, video, prompts, order):
