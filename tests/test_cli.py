@@ -1,6 +1,7 @@
 "The command line: what it does, and one clear line for whatever goes wrong."
 
 import json, os, subprocess, sys
+from pathlib import Path
 
 import pytest, torch
 from tiny_run import PROMPTS, TESTS, TINY
@@ -325,3 +326,18 @@ def test_a_console_that_knows_ascii_alone(tmp_path):
         text=True,
     )
     assert out.returncode == 0 and '1f43c' in out.stdout, out.stderr
+
+
+def test_extend_leaves_a_film_and_a_strip(capsys, tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / 'start.webp'
+    Image.new('RGB', (80, 64), 'orange').save(picture)
+    steps = ('--sampling-steps', 1, '--guidance', 1, '--device', 'cpu')
+    code, out, err = said(capsys, 'extend', '--image', picture, '--rounds', 2, *steps, '--out', tmp_path / 'films')
+    assert code == 0, err
+    film = Path(out.strip())
+    assert Image.open(film).n_frames == 15
+    assert film.with_suffix('.mp4').is_file() and Image.open(film.with_suffix('.png')).width > 15 * 64
+    code, _, err = said(capsys, 'extend', '--image', 'a fox', '--base', 'modelscope', *steps, '--out', tmp_path)
+    assert code == 2 and 'cannot go on from a frame' in err

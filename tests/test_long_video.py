@@ -13,7 +13,14 @@ from vader_nb.diffusion.rollout import sample
 from vader_nb.memory.lora import add_lora, lora_parameters
 from vader_nb.rewards.base import reward_from
 from vader_nb.training.evaluate import sample_clips
-from vader_nb.training.long_video import extend, last_frame, long_clip, match_colours, rounds_step
+from vader_nb.training.long_video import (
+    extend,
+    last_frame,
+    long_clip,
+    mark_seams,
+    match_colours,
+    rounds_step,
+)
 from vader_nb.training.run_folder import fold_seed
 from vader_nb.training.trainer import fit
 from vader_nb.training.vader import vader_step
@@ -185,3 +192,9 @@ def test_a_model_of_texts_cannot_go_on(tmp_path):
         assert '\n' not in str(e.value)
     with pytest.raises(VaderError, match='rounds is 0'):
         extend(tiny_model(), 'a fox', 0)
+
+
+def test_seams_are_marked_where_rounds_begin():
+    marked = mark_seams(torch.zeros(1, 22, 3, 64, 64), 3)
+    assert marked[0, :, 0, :, 0].amax(1).nonzero()[:, 0].tolist() == [8, 15]
+    assert torch.equal(mark_seams(torch.zeros(1, 8, 3, 64, 64), 1), torch.zeros(1, 8, 3, 64, 64))

@@ -153,6 +153,30 @@ def sample_prompts(
         save_mp4(video, f'{path}.mp4')
         print(f'{path}.gif')
 
+# %% ../nbs/8_results/02_cli.ipynb #2c11ef01
+def extend_image(
+    args,  # with `image`, `rounds`, `out`, `base`, `device` and those of `_sampling_config`
+):
+    "Write a GIF, an MP4 and a strip with marked seams of a video that goes on from its own last frame."
+    from vader_nb.core import check_writable
+    from vader_nb.memory.lora import load_lora
+    from vader_nb.show import save_gif, save_mp4, strip
+    from vader_nb.training.long_video import extend, mark_seams
+    from vader_nb.zoo import load_model
+    config, base = _sampling_config(args)
+    model = load_model(base, args.scale or config.scale, args.device)
+    if args.lora:
+        load_lora(model, args.lora)
+    size = (config.frames, config.height, config.width) if config.experiment != 'custom' else ()
+    check_writable(args.out)
+    video = extend(model, args.image, args.rounds, config.T, config.guidance, config.seed, size)
+    options = _given(args, dict(rounds='rounds', scale='scale', sampling_steps='T', guidance='guidance'))
+    path = Path(args.out)/clip_name(args.image, config.seed, args.lora, **options)
+    save_gif(video, f'{path}.gif')
+    save_mp4(video, f'{path}.mp4')
+    strip(mark_seams(video, args.rounds)).save(f'{path}.png')
+    print(f'{path}.gif')
+
 # %% ../nbs/8_results/02_cli.ipynb #998b8472
 def evaluate_run(
     args,  # with `run`, `device`
@@ -160,16 +184,15 @@ def evaluate_run(
     "Print the scores on held-out prompts, before and after."
     from tqdm.auto import tqdm
     from vader_nb.config import read_config
-    from vader_nb.experiments.registry import find_experiment, load
+    from vader_nb.experiments.registry import find_experiment, judge_for, load
     from vader_nb.memory.lora import load_lora, lora_off
     from vader_nb.records import table
     from vader_nb.training.evaluate import evaluate
-    from vader_nb.world.judge import judge_clips
     config = read_config(args.run)
     eval_prompts = find_experiment(config.experiment).prompts(config.scale)[1]
     model, reward = load(config, args.device)
     load_lora(model, Path(args.run)/'lora')
-    judge = judge_clips if config.scale == 'small' else None
+    judge = judge_for(config)
 
     def scores(name):
         return evaluate(model, reward, eval_prompts, config, judge, lambda batches: tqdm(batches, name, leave=False))
@@ -232,13 +255,25 @@ def _sample_options(add):
     "The options of `vader sample`."
     add('prompt', nargs='+', metavar='PROMPT', help='in quotes; for svd a caption or the file of a start image')
     add('--base', metavar='B', help="a base model of vader list; default: the run's, or modelscope")
+    _clip_options(add)
+    add('--out', default='samples', metavar='DIR', help='where the clips go; default: samples')
+
+def _extend_options(add):
+    "The options of `vader extend`."
+    add('--image', required=True, metavar='FILE', help='the start image, or a caption of the small world')
+    add('--rounds', type=int, default=3, metavar='N', help='clips that go on from each other; default: 3')
+    _clip_options(add)
+    add('--out', default='samples', metavar='DIR', help='where the video goes; default: samples')
+    add('--base', default='svd', metavar='B', help='a base model that starts from an image; default: svd')
+
+def _clip_options(add):
+    "The options of all commands that make clips."
     add('--scale', metavar='SCALE', help="small or full; default: the run's, or small")
     add('--lora', metavar='DIR', help='the lora folder of a run; other settings come from that run, too')
     add('--sampling-steps', type=int, metavar='T', help="default: the run's, or 25")
     add('--guidance', type=float, metavar='G', help="1 is none; default: the run's, or 4")
     add('--seed', type=int, metavar='S', help="decides the noise; default: the run's, or 0")
     add('--device', metavar='D', help='cpu, cuda or mps')
-    add('--out', default='samples', metavar='DIR', help='where the clips go; default: samples')
 
 # %% ../nbs/8_results/02_cli.ipynb #fa31e0a7
 def _eval_options(add):
@@ -262,6 +297,7 @@ _commands = {
     'list': (list_experiments, 'name the experiments', _list_options),
     'run': (run_experiment, 'run an experiment of the paper', _run_options),
     'sample': (sample_prompts, 'make clips of prompts', _sample_options),
+    'extend': (extend_image, 'make a long video that goes on from its own last frame', _extend_options),
     'eval': (evaluate_run, 'score a run on its held-out prompts, before and after', _eval_options),
     'memory': (plan_memory, 'predict the peak memory of a training step at full size', _memory_options),
 }

@@ -400,6 +400,8 @@ REWARDS = dict(
     vjepa='vader_nb.rewards.vjepa:load_vjepa',
     jpeg='vader_nb.rewards.jpeg:load_jpeg',
     depth='vader_nb.rewards.depth:load_depth',
+    vjepa_long='vader_nb.training.long_reward:load_vjepa_long',
+    keep='vader_nb.training.long_reward:load_keep',
 )
 
 # %% ../nbs/1_ground/07_zoo.ipynb #f40e1133

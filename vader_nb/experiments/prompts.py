@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'is_action', 'hps_actions', 'activity_prompts', 'spread',
            'action_prompts', 'hat_prompts', 'animal_prompts', 'book_prompts', 'label_prompts', 'creative_prompts',
-           'asked_often', 'image_files', 'dog_images']
+           'asked_often', 'image_files', 'dog_images', 'long_images']
 
 # %% ../../nbs/8_results/00_prompts.ipynb #b77936a4
 import os
@@ -191,13 +191,25 @@ def image_files(
     return files
 
 
+def _own_images(scale):
+    "The files in the folders train and test of the user's own, or None where there are none."
+    own = os.environ.get('VADER_IMAGES') if scale == 'full' else None
+    return own and [image_files(Path(own) / split) for split in ('train', 'test')]
+
+
 def dog_images(
     scale,  # 'small' or 'full'
 ):  # -> names of start images to train on, and held-out ones
     "Labradors to train on and malteses to test on, or the user's own folders at full scale."
-    own = os.environ.get('VADER_IMAGES') if scale == 'full' else None
-    if own:
-        return [image_files(Path(own) / split) for split in ('train', 'test')]
-    return [
+    return _own_images(scale) or [
         [f'a {dog} {doing} ({i})' for i in range(5) for doing in TEST_ACTIVITIES] for dog in ('labrador', 'maltese')
+    ]
+
+
+def long_images(
+    scale,  # 'small' or 'full'
+):  # -> names of start images to train on, and held-out ones
+    "All animals, those to test on apart from those to train on, or the user's own folders at full scale."
+    return _own_images(scale) or [
+        [f'{p} (7)' for p in world_prompts('activities', split)] for split in ('train', 'test')
     ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAT_NOISE', 'FOOD_NOISE', 'TRAIN_ANIMALS', 'TEST_ANIMALS', 'PROMPT_SETS', 'WORDS', 'a_or_an', 'caption', 'captions',
-           'noisy_labels', 'prompts', 'parse', 'check_vocabulary', 'start_images', 'start_image']
+           'noisy_labels', 'prompts', 'parse', 'check_vocabulary', 'start_images', 'start_scene', 'start_image']
 
 # %% ../../nbs/1_ground/05_captions.ipynb #101afde8
 import re
@@ -153,15 +153,21 @@ def start_images(
     return draw(s, 1, height, width)[:, 0]
 
 # %% ../../nbs/1_ground/05_captions.ipynb #c9c29d68
-def start_image(
+def start_scene(
     prompt,  # a caption of the small world; a number in brackets at its end asks for another scene
-    height,
-    width,
-):
-    "The first frame of a dull scene that `prompt` describes, (3, h, w) in [0, 1]: the same words, the same frame."
+) -> Scene:
+    "The dull scene that `prompt` describes, a batch of one: the same words, the same scene."
     number = re.search(r'\((\d+)\)$', prompt)
     check_vocabulary([re.sub(r'\(\d+\)$', '', prompt)])
     parsed = parse(prompt)
     given = {k: v for k, v in parsed.items() if v >= 0}
-    scene = scenes(1, int(number[1]) if number else 0, **{'obj': 0, 'hat': 0, **given})
-    return draw(scene, 1, height, width)[0, 0]
+    return scenes(1, int(number[1]) if number else 0, **{'obj': 0, 'hat': 0, **given})
+
+
+def start_image(
+    prompt,  # as for `start_scene`
+    height,
+    width,
+):
+    "The first frame of a dull scene that `prompt` describes, (3, h, w) in [0, 1]: the same words, the same frame."
+    return draw(start_scene(prompt), 1, height, width)[0, 0]
