@@ -413,6 +413,7 @@ def test_a_cache_is_no_condition(monkeypatch, tmp_path, home):
         (['--frames', '-2'], 'frames is -2'),
         (['--frames', '0'], 'frames is 0'),
         (['--rounds', '0'], 'rounds is 0'),
+        (['--rounds', '3'], 'cannot go on from a frame'),
     ],
 )
 def test_one_clear_line(capsys, args, words):

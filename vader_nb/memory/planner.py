@@ -140,6 +140,8 @@ def plan(
     "Find the cheapest of `SETS` that fits, by halving: each set needs no more than those before."
     check(budget > 0, f'budget is {budget}, but a card has more than 0 GB')
     check(rounds > 0, f'rounds is {rounds}, but must be at least 1')
+    goes_on = rounds == 1 or load_model(base, 'full', weights=False).starts_from == 'image'
+    check(goes_on, f'{base} starts from a text and cannot go on from a frame: use svd, or one round')
     sets = sets_for(base)
     low, high = 0, len(sets) - 1
 
