@@ -80,7 +80,9 @@ def test_the_planner_knows_every_experiment():
     for name, e in EXPERIMENTS.items():
         full = experiment_config(name, 'full')
         config = config_for(e.base, e.reward)
-        same = ('frames', 'height', 'width', 'T', 'guidance', 'sampler', 'eta', 'mixed_precision')
+        same = ['height', 'width', 'T', 'guidance', 'sampler', 'eta', 'mixed_precision']
+        if full.rounds == 1:  # several rounds have frames enough for any reward, one round may not
+            same.append('frames')
         assert [getattr(full, k) for k in same] == [getattr(config, k) for k in same], name
         assert {tuple(s.split()) for s in sets_for(e.base)} >= {tuple(full.tricks.split())}, name
 
@@ -132,11 +134,13 @@ def test_every_reward_is_built_without_weights(name):
             objects=127798368,
             action=86534800,
             vjepa=629853568,
+            vjepa_long=629853568,
+            keep=0,
             jpeg=0,
             depth=24785089,
         )[name]
     )
-    assert {p.device.type for p in (*reward.parameters(), *reward.buffers())} == {'meta'}
+    assert {p.device.type for p in (*reward.parameters(), *reward.buffers())} <= {'meta'}
     video = torch.empty(1, max(2, reward.min_frames), 3, 320, 512, device='meta', requires_grad=True)
     score = reward(video, [DUMMY])
     score.sum().backward()
