@@ -66,9 +66,12 @@ def test_every_small_base_names_layers_that_it_has(name):
     assert kinds <= set(model.checkpoint_layers) and recomputed(model.denoiser) > 3 and recomputed(model.vae) > 3
 
 
-@pytest.mark.parametrize('name', [r for r in REWARDS if r != 'jpeg'])
+@pytest.mark.parametrize('name', REWARDS)
 def test_every_small_reward_names_layers_that_it_has(name):
     reward = load_reward(name, 'small', 'cpu')
+    if not list(reward.parameters()):
+        assert reward.checkpoint_layers == (), 'without a network there is nothing to recompute'
+        return
     checkpoint_reward(reward)
     assert recomputed(reward) > 1
     checkpoint_reward(reward, on=False)
