@@ -27,6 +27,20 @@ def model(pipe):
     return ModelScope(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, SIZE)
 
 
+def theirs(pipe, model, steps, guidance, output_type='pt'):
+    "What diffusers' pipeline makes of the same noise."
+    return pipe(
+        PROMPTS,
+        latents=model.noise(2, *SIZE, make_generator(0)),
+        num_frames=3,
+        height=32,
+        width=40,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type=output_type,
+    ).frames
+
+
 def ours(model, sampler, guidance):
     "The raw sampling loop of notebook 06."
     cond, x, prev = model.encode(PROMPTS, *SIZE), model.noise(2, *SIZE, make_generator(0)) * sampler.init_sigma, None
@@ -53,18 +67,10 @@ def test_equals_the_pipeline(pipe, model, kind, steps, guidance, alpha_one):
     pipe.scheduler = (
         model.scheduler if kind == 'ddim' else DPMSolverMultistepScheduler.from_config(model.scheduler.config)
     )
-    common = dict(
-        latents=model.noise(2, *SIZE, make_generator(0)),
-        num_frames=3,
-        height=32,
-        width=40,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-    )
     latents, video = ours(model, model.sampler(steps, kind), guidance)
-    theirs = pipe(PROMPTS, output_type='latent', **common).frames
-    assert (latents - theirs).abs().max() < 1e-4 * theirs.abs().max()
-    assert (video.clamp(0, 1) - pipe(PROMPTS, output_type='pt', **common).frames).abs().max() < 1e-4
+    want = theirs(pipe, model, steps, guidance, 'latent')
+    assert (latents - want).abs().max() < 1e-4 * want.abs().max()
+    assert (video.clamp(0, 1) - theirs(pipe, model, steps, guidance)).abs().max() < 1e-4
 
 
 def test_the_networks_are_frozen_and_evaluate(pipe):
@@ -115,18 +121,9 @@ def test_loads_the_published_layout(tmp_path, monkeypatch):
     for net, made in ((model.denoiser, pipe.unet), (model.vae, pipe.vae), (model.text_encoder, pipe.text_encoder)):
         a, b = net.state_dict(), made.state_dict()
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k].half().float()) for k in a)
-    theirs = TextToVideoSDPipeline.from_pretrained(tmp_path, variant='fp16', torch_dtype=torch.float32)
-    theirs.set_progress_bar_config(disable=True)
-    frames = theirs(
-        PROMPTS,
-        latents=model.noise(2, *SIZE, make_generator(0)),
-        num_frames=3,
-        height=32,
-        width=40,
-        num_inference_steps=5,
-        guidance_scale=3.0,
-        output_type='pt',
-    ).frames
+    plain = TextToVideoSDPipeline.from_pretrained(tmp_path, variant='fp16', torch_dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    frames = theirs(plain, model, 5, 3.0)
     assert (ours(model, model.sampler(5), 3.0)[1].clamp(0, 1) - frames).abs().max() < 1e-4
 
 
@@ -212,16 +209,7 @@ def test_the_shipped_folder_is_a_plain_pipeline_too():
     pipe.set_progress_bar_config(disable=True)
     model.check_words = None  # a word of PROMPTS is not of the small world
     assert model.native_size == (8, 64, 64) and not any(p.requires_grad for p in model.denoiser.parameters())
-    frames = pipe(
-        PROMPTS,
-        latents=model.noise(2, *SIZE, make_generator(0)),
-        num_frames=3,
-        height=32,
-        width=40,
-        num_inference_steps=5,
-        guidance_scale=4.0,
-        output_type='pt',
-    ).frames
+    frames = theirs(pipe, model, 5, 4.0)
     assert (ours(model, model.sampler(5), 4.0)[1].clamp(0, 1) - frames).abs().max() < 1e-4
 
 
