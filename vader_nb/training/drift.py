@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from ..core import check, placement, to_frames
+from ..rewards.aesthetic import load_image_tower
 from ..rewards.views import center_crop, clip_view, imagenet_normalise, resize_shorter
 from ..world.scenes import Scene, animal_masks, draw
 from ..zoo import load_net, model_path
@@ -51,16 +52,13 @@ def load_features(
     dtype=None,     # as in `pick_dtype`; default: `default_dtype`
 ):  # -> function: video (b,f,3,h,w) in [0, 1] -> features (b,f,d)
     "The image network of that scale; raises `VaderError` where its weights cannot be had."
-    from transformers import CLIPVisionModelWithProjection, Dinov2Model
-
-    class ImageTower(CLIPVisionModelWithProjection):  # the file also holds the text half
-        _keys_to_ignore_on_load_unexpected = ['text_', 'logit_scale', 'position_ids']
+    from transformers import Dinov2Model
 
     device, dtype = placement(scale, device, dtype)
     if scale == 'full':
         net = load_net(Dinov2Model, model_path('dinov2', 'full'), dtype)
         return partial(_features, net.to(device).eval(), _dino_view, _pooled)
-    net = load_net(ImageTower, model_path('clip', 'small'), dtype)
+    net = load_image_tower(model_path('clip', 'small'), dtype)
     view = partial(clip_view, size=net.config.image_size)
     return partial(_features, net.to(device).eval(), view, _embedded)
 
