@@ -22,6 +22,7 @@ from ..core import VaderError, check, read_json, write_json
 from .meter import Reading, with_margin
 from .simulate import simulate
 from .tricks import image_decoders
+from ..models.base import check_rounds
 from ..zoo import MODELS, REWARDS, load_model, load_reward
 
 # %% ../../nbs/6_memory/04_planner.ipynb #81d6f036
@@ -139,9 +140,8 @@ def plan(
 ) -> Plan:
     "Find the cheapest of `SETS` that fits, by halving: each set needs no more than those before."
     check(budget > 0, f'budget is {budget}, but a card has more than 0 GB')
-    check(rounds > 0, f'rounds is {rounds}, but must be at least 1')
-    goes_on = rounds == 1 or load_model(base, 'full', weights=False).starts_from == 'image'
-    check(goes_on, f'{base} starts from a text and cannot go on from a frame: use svd, or one round')
+    if rounds != 1:
+        check_rounds(load_model(base, 'full', weights=False), rounds)
     sets = sets_for(base)
     low, high = 0, len(sets) - 1
 

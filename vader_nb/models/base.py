@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_VAE', 'Condition', 'check_prompts', 'check_frames', 'check_size', 'TemporalConv', 'with_fast_convolutions',
-           'VideoModel']
+           'VideoModel', 'check_rounds']
 
 # %% ../../nbs/3_models/00_base.ipynb #22fccea3
 import re
@@ -153,6 +153,16 @@ class VideoModel:
     @property
     def dtype(self):
         return next(self.denoiser.parameters()).dtype
+
+# %% ../../nbs/3_models/00_base.ipynb #c0de5a02
+def check_rounds(
+    model,   # a `VideoModel`
+    rounds,  # clips that go on from each other
+):
+    "Raise `VaderError` unless `model` can go on from a frame, that many times."
+    check(isinstance(rounds, int) and rounds > 0, f'rounds is {rounds!r}, but must be a whole number from 1')
+    check(rounds == 1 or model.starts_from == 'image',
+          f'{model.name} starts from a text and cannot go on from a frame: use svd, or one round')
 
 # %% ../../nbs/3_models/00_base.ipynb #0537604c
 IMAGE_VAE = dict(

@@ -7,21 +7,11 @@ __all__ = ['ROUNDS', 'match_colours', 'extend', 'mark_seams', 'last_frame', 'lon
 
 # %% ../../nbs/7_training/07_long_video.ipynb #10e6f104
 import torch
-from ..core import check
-from ..diffusion.rollout import differentiable_latents, rollout, sample
+from ..diffusion.rollout import differentiable_state, sample
+from ..models.base import check_rounds
 from .run_folder import fold_seed
 from .trainer import Method
 from .vader import pick_frames, score_video
-
-# %% ../../nbs/7_training/07_long_video.ipynb #10e6f109
-def check_rounds(
-    model,   # a `VideoModel`
-    rounds,  # clips that go on from each other
-):
-    "Raise `VaderError` unless `model` can go on from a frame, that many times."
-    check(isinstance(rounds, int) and rounds > 0, f'rounds is {rounds!r}, but must be a whole number from 1')
-    check(rounds == 1 or model.starts_from == 'image',
-          f'{model.name} starts from a text and cannot go on from a frame: use svd, or one round')
 
 # %% ../../nbs/7_training/07_long_video.ipynb #10e6f1a1
 def match_colours(
@@ -81,17 +71,14 @@ def round_latents(
     cond = model.encode(images, *size)
     x = model.noise(len(cond), *size, generator)
     sampler = model.sampler(c.T, c.sampler, c.eta, size)
+    state, rest = differentiable_state(model, cond, x, sampler, c.guidance, c.K, c.where, generator)
     if c.where == 'last':
-        latents = differentiable_latents(model, cond, x, sampler, c.guidance, c.K, 'last', generator)
-        return latents, latents
-    place = c.T - 1 - torch.randint(c.K, (), generator=generator, device=generator.device).item()
-    states = rollout(model, cond, x, sampler, c.guidance, c.T - place, generator, merge=True)
-    state = next(s for s in states if s.i == place)
-    estimate = state.step.x0
+        return state.step.x, state.step.x
+    end = state
     with torch.no_grad():
-        for state in states:
+        for end in rest:
             pass
-    return estimate, state.step.x.detach()
+    return state.step.x0, end.step.x.detach()
 
 # %% ../../nbs/7_training/07_long_video.ipynb #10e6f111
 def last_frame(
