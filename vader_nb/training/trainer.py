@@ -121,6 +121,14 @@ def make_accelerator(
 
 # %% ../../nbs/7_training/03_trainer.ipynb #b5b11cb4
 @patch
+def read_inputs(self: Trainer) -> dict:  # see `run_inputs`
+    "What decides the run besides its settings; looked up once, before the model has LoRA."
+    if not self.inputs:
+        self.inputs = run_inputs(self.model, self.reward, self.prompts, self.eval_prompts, self.config.pairs)
+    return self.inputs
+
+
+@patch
 def setup(self: Trainer):  # -> the trainer itself
     "Give the model its LoRA, and wrap it and an optimizer for training. Raises `VaderError` for a bad batch size."
     from accelerate.utils import set_seed
@@ -130,7 +138,7 @@ def setup(self: Trainer):  # -> the trainer itself
     check(c.batch_size % n == 0,
           f'a batch of {c.batch_size} cannot be shared evenly by {n} processes: choose a multiple')
     set_seed(c.seed, device_specific=True)  # for a reward or model that draws from the global states
-    self.inputs = run_inputs(self.model, self.reward, self.prompts, self.eval_prompts, self.config.pairs)
+    self.read_inputs()
     weights = add_lora(self.model, c.rank, c.alpha, seed=c.seed)
     use_tricks(self.model, self.reward, c.tricks)  # before DDP wraps the denoiser
     names = {id(p): name for name, p in self.model.denoiser.named_parameters()}
@@ -657,7 +665,7 @@ def check_run(
     check_folder(self.folder, asdict(c), resume)
     if self.method.check:
         self.method.check(self.model, c)
-    check_inputs(self.folder, run_inputs(self.model, self.reward, self.prompts, self.eval_prompts, c.pairs))
+    check_inputs(self.folder, self.read_inputs())
     check(not wandb or importlib.util.find_spec('wandb'), 'wandb is not installed: pip install wandb, or go without')
     check(len(self.prompts) > 0, 'there are no training prompts: give at least one')
     check_reward_names(self.reward)
