@@ -313,6 +313,21 @@ def test_sampling_with_a_lora_takes_the_settings_of_its_run(capsys, tmp_path, mo
     assert asked == [(3, 4.0, 3, 'ddim', 0.0, (4, 16, 16)), (5, 2.0, 9, 'ddim', 0.0, (4, 16, 16))]
 
 
+def test_a_run_of_no_experiment_keeps_base_sampler_and_size_too(capsys, tmp_path, monkeypatch):
+    seen = []
+    assert said(capsys, 'run', 'tiny', '--out', tmp_path / 'run', '--device', 'cpu')[0] == 0
+    for name, change in (('config', dict(experiment='custom')), ('inputs', dict(base='tiny'))):
+        file = tmp_path / f'run/{name}.json'
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    monkeypatch.setattr(
+        'vader_nb.diffusion.rollout.sample', lambda model, prompts, *a: seen.append(a) or torch.rand(1, 4, 3, 16, 16)
+    )
+    options = ['--lora', tmp_path / 'run/lora', '--out', tmp_path / 'clips', '--device', 'cpu']
+    code, _, err = said(capsys, 'sample', *options, 'a panda')
+    assert code == 0, err
+    assert seen == [(3, 4.0, 0, 'ddim', 0.0, (4, 16, 16))]
+
+
 def test_a_console_that_knows_ascii_alone(tmp_path):
     run = (
         "import sys; from vader_nb import cli; "

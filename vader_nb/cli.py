@@ -89,17 +89,22 @@ def run_comparison(
 def _sampling_config(
     args,  # with `lora`, `scale` and the options of sampling
 ):
-    "Settings to sample with, and the name of the base: those of the LoRA's run, where it has one, and what was given."
+    """Settings to sample with, the name of the base, sampler and size: what was given, and else as in the LoRA's run;
+    without a run the sampler is None and the size empty, the model's own.
+    """
     from vader_nb.config import Config, read_config
+    from vader_nb.core import read_json
     from vader_nb.experiments.registry import EXPERIMENTS
     given = _given(args, dict(sampling_steps='T', guidance='guidance', seed='seed'))
     run_folder = Path(args.lora).parent if args.lora else None
     if run_folder is None or not (run_folder/'config.json').is_file():
-        return Config(**{'T': 25, **given, 'K': 1}), args.base or 'modelscope'
+        return Config(**{'T': 25, **given, 'K': 1}), args.base or 'modelscope', None, ()
     config = read_config(run_folder)
     experiment = EXPERIMENTS.get(config.experiment)
-    base = args.base or (experiment.base if experiment else 'modelscope')
-    return replace(config, **{**given, 'K': 1}), base
+    inputs = run_folder/'inputs.json'  # which old runs lack
+    base = experiment.base if experiment else read_json(inputs)['base'] if inputs.is_file() else 'modelscope'
+    size = config.frames, config.height, config.width
+    return replace(config, **{**given, 'K': 1}), args.base or base, config.sampler, size
 
 # %% ../nbs/8_results/02_cli.ipynb #507546d3
 def _file_name(text):
@@ -136,14 +141,11 @@ def sample_prompts(
     from vader_nb.memory.lora import load_lora
     from vader_nb.show import save_gif, save_mp4
     from vader_nb.zoo import load_model
-    config, base = _sampling_config(args)
+    config, base, kind, size = _sampling_config(args)
     options = _given(args, dict(base='base', scale='scale', sampling_steps='T', guidance='guidance'))
-    from_a_run = config.experiment != 'custom'
     model = load_model(base, args.scale or config.scale, args.device)
     if args.lora:
         load_lora(model, args.lora)
-    kind = config.sampler if from_a_run else None
-    size = (config.frames, config.height, config.width) if from_a_run else ()
     model.encode(args.prompt, *size)  # complains about any of them before the first is made
     check_writable(args.out)
     for prompt in dict.fromkeys(args.prompt):
@@ -158,23 +160,23 @@ def extend_image(
     args,  # with `image`, `rounds`, `out`, `base`, `device` and those of `_sampling_config`
 ):
     "Write a GIF, an MP4 and a strip with marked seams of a video that goes on from its own last frame."
-    from vader_nb.core import check_writable
+    from vader_nb.core import atomic_path, check_writable
     from vader_nb.memory.lora import load_lora
     from vader_nb.show import save_gif, save_mp4, strip
     from vader_nb.training.long_video import extend, mark_seams
     from vader_nb.zoo import load_model
-    config, base = _sampling_config(args)
+    config, base, _, size = _sampling_config(args)
     model = load_model(base, args.scale or config.scale, args.device)
     if args.lora:
         load_lora(model, args.lora)
-    size = (config.frames, config.height, config.width) if config.experiment != 'custom' else ()
     check_writable(args.out)
     video = extend(model, args.image, args.rounds, config.T, config.guidance, config.seed, size)
     options = _given(args, dict(rounds='rounds', scale='scale', sampling_steps='T', guidance='guidance'))
     path = Path(args.out)/clip_name(args.image, config.seed, args.lora, **options)
     save_gif(video, f'{path}.gif')
     save_mp4(video, f'{path}.mp4')
-    strip(mark_seams(video, args.rounds)).save(f'{path}.png')
+    with atomic_path(f'{path}.png') as new:
+        strip(mark_seams(video, args.rounds)).save(new, 'PNG')
     print(f'{path}.gif')
 
 # %% ../nbs/8_results/02_cli.ipynb #998b8472
