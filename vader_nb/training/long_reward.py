@@ -72,11 +72,12 @@ class Keep(Reward):
 
 
 def load_keep(
-    scale='small',  # 'small' or 'full': it needs no weights
-    device=None,    # as in `pick_device`: it computes where the video is
-    **options,      # dtype and weights mean nothing here
+    scale='small',  # either: there are no weights
+    device=None,    # either: it computes where the video is
+    dtype=None,     # either: it computes in float32
+    weights=True,   # either
 ):
-    "The reward `Keep`."
+    "The reward `Keep`, called as the others are."
     return Keep()
 
 # %% ../../nbs/7_training/09_long_reward.ipynb #d91f700b
