@@ -59,7 +59,7 @@ svd_full = dict(
 videocrafter_small = dict(train_steps=20, lr=3e-3, T=10)  # T divides 1000: its sampler would take 13 steps for 12
 opensora_small = dict(train_steps=20, sampler='rflow', frames=17)
 svd_small = dict(train_steps=20, lr=4e-3, K=8, sampler='euler', guidance=2., eval_every=10)
-svd_long_small = dict(svd_small, train_steps=12, batch_size=2, T=8, K=2, where='last', rounds=3, eval_every=6)
+svd_long_small = dict(svd_small, train_steps=12, lr=2e-3, rounds=3, eval_every=6)
 
 # %% ../../nbs/8_results/01_experiments.ipynb #527d91df
 _methods = dict(
@@ -142,7 +142,7 @@ EXPERIMENTS = {
     'svd-long-vjepa': Experiment(
         'Figure 9', 'Stable Video Diffusion goes on twice from its own last frame and learns to stay consistent',
         'svd', 'vjepa_long + 0.5*keep', long_images,
-        small=svd_long_small, full=dict(svd_full, K=1, where='last', rounds=3),
+        small=svd_long_small, full=dict(svd_full, rounds=3),
     ),
     'opensora-hps21': Experiment(
         'Figure 6', 'Open-Sora learns what people like',
