@@ -11,6 +11,7 @@ from vader_nb.core import read_json
 from vader_nb.experiments import comparison, registry
 from vader_nb.experiments.comparison import COMPARISONS, VARIANTS, Comparison, compare, needed, plan_runs
 from vader_nb.experiments.comparison import spent_and_gained, steps_for
+from vader_nb.experiments.registry import experiment_config
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_steps_for_a_number_of_queries(config):
 
 
 def test_a_run_asks_for_the_planned_number_of_rewards(tmp_path):
-    small = dict(T=3, K=1, batch_size=2, gradient_accumulation_steps=1, decoded_frames=2)
+    small = dict(T=3, K=1, batch_size=2, gradient_accumulation_steps=1, decoded_frames=2, train_steps=2)
     planned = Comparison('', '', ['tiny'], VARIANTS, queries=4, seeds=1, points=1)
     asked = {name: record['reward_queries'] for name, record in compare(planned, tmp_path, device='cpu', **small)}
     assert asked == dict.fromkeys(plan_runs(planned, **small), 4) and len(asked) == 4
@@ -59,8 +60,8 @@ def test_a_run_asks_for_the_planned_number_of_rewards(tmp_path):
 
 
 def test_an_interrupted_comparison_goes_on(tmp_path):
-    small = dict(T=3, K=1, batch_size=2, save_every=1)
-    planned = Comparison('', '', ['tiny'], {'vader': VARIANTS['vader']}, queries=6, seeds=1, points=1)
+    small = dict(T=3, K=1, batch_size=2, save_every=1, train_steps=3)
+    planned = Comparison('', '', ['tiny'], {'vader': VARIANTS['vader']}, seeds=1, points=1)
     for name, record in compare(planned, tmp_path, device='cpu', **small):
         if record['step'] == 2:
             break
@@ -72,8 +73,9 @@ def test_planned_runs_make_sense(name):
     runs = plan_runs(COMPARISONS[name])
     assert len(runs) == len(set(runs)) > 2
     for run, config in runs.items():
-        asked = COMPARISONS[name].queries
-        assert steps_for(config, asked) == config.train_steps and config.eval_every <= config.train_steps
+        own = 100 if name == 'resolution-scaling' else experiment_config(config.experiment).train_steps
+        planned = own if config.method == 'vader' else steps_for(config, COMPARISONS[name].queries)
+        assert config.train_steps == planned >= config.eval_every
         assert run.startswith(config.experiment) and run.endswith(f'-small-{config.seed}')
 
 

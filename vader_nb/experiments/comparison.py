@@ -46,7 +46,7 @@ class Comparison:
     about: str             # one line
     experiments: list      # names from `EXPERIMENTS`
     variants: dict         # name -> (method, what it changes in its settings)
-    queries: int = 1024    # rewards that each run asks for
+    queries: int = 1024    # rewards that each run of DDPO and DPO asks for
     seeds: int = 3
     points: int = 8        # evaluations on the held-out prompts after the first one
 
@@ -56,7 +56,7 @@ def resolution_variants() -> dict:
     sizes = [(side, 8) for side in (32, 48, 64, 96)] + [(64, 16)]
     return {
         f'{method} {side}x{frames}': (method, dict(height=side, width=side, frames=frames, batch_size=16, **more))
-        for side, frames in sizes for method, more in (('vader', {}), ('ddpo', dict(decoded_frames=frames)))
+        for side, frames in sizes for method, more in (('vader', dict(train_steps=100)), ('ddpo', dict(decoded_frames=frames)))
     }
 
 # %% ../../nbs/8_results/05_comparison.ipynb #f9e75801
@@ -88,7 +88,7 @@ def plan_runs(
         variants = {name: v for name, v in comparison.variants.items() if can_all or v[0] == 'vader'}
         for name, (method, own) in variants.items():
             config = experiment_config(experiment, scale, method, **{**own, **changes})
-            steps = steps_for(config, comparison.queries)
+            steps = config.train_steps if method == 'vader' else steps_for(config, comparison.queries)
             config = replace(config, train_steps=steps, eval_every=max(1, steps // comparison.points))
             for seed in range(comparison.seeds):
                 configs[f'{experiment}-{name.replace(" ", "-")}-{scale}-{seed}'] = replace(config, seed=seed)
