@@ -356,3 +356,93 @@ def test_extend_leaves_a_film_and_a_strip(capsys, tmp_path):
     assert film.with_suffix('.mp4').is_file() and Image.open(film.with_suffix('.png')).width > 15 * 64
     code, _, err = said(capsys, 'extend', '--image', 'a fox', '--base', 'modelscope', *steps, '--out', tmp_path)
     assert code == 2 and 'cannot go on from a frame' in err
+
+
+# Your own base, reward and prompts
+
+REWARD = """
+def dark(video, prompts): return -video.mean((1, 2, 3, 4))
+def blind(video, prompts): return 0 * dark(video, prompts)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "A folder with prompts and a module of rewards, in which the commands are given."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.delitem(sys.modules, 'my_reward', raising=False)
+    (tmp_path / 'my_reward.py').write_text(REWARD)
+    (tmp_path / 'mine.txt').write_text('\n'.join(['# mine', *PROMPTS, '', PROMPTS[0]]), encoding='utf-8-sig')
+    (tmp_path / 'tests.csv').write_text('id,prompt\n' + '\n'.join(f'{i},{p}' for i, p in enumerate(TESTS)))
+    return tmp_path
+
+
+def train(capsys, *more, reward='bright'):
+    words = ['train', '--base', 'tiny', '--reward', reward, '--prompts', 'mine.txt', '--device', 'cpu', '--out', 'run']
+    return said(capsys, *words, *more)
+
+
+def test_own_prompts_and_an_own_reward(capsys, own):
+    code, out, err = train(capsys, '--tests', 'tests.csv', '--set', 'train_steps=1', 'lr=1e-2', reward='my_reward:dark')
+    assert code == 0, err
+    assert f'mine.txt: {len(PROMPTS)} prompts; 3 blank lines' in out and 'my_reward:dark passes' in out
+    config, inputs = [json.loads((own / 'run' / f'{name}.json').read_text()) for name in ('config', 'inputs')]
+    assert (config['train_steps'], config['lr'], config['T']) == (1, 1e-2, TINY['T'])
+    assert (inputs['prompts'], inputs['eval_prompts']) == (PROMPTS, TESTS) and inputs['reward'] == 'my_reward:dark'
+    code, out, err = said(capsys, 'eval', 'run', '--device', 'cpu')
+    assert code == 0 and '| reward |' in out, err
+
+
+def test_settings_of_another_run(capsys, own):
+    assert train(capsys, '--set', 'train_steps=1', 'rank=2')[0] == 0
+    code, _, err = train(capsys, '--out', 'two', '--config', 'run/config.json', '--set', 'rank=3')
+    config = json.loads((own / 'two/config.json').read_text())
+    assert code == 0 and (config['rank'], config['train_steps']) == (3, 1), err
+
+
+def test_settings_of_an_experiment(capsys, tmp_path):
+    words = ['run', 'tiny', '--out', tmp_path / 'run', '--device', 'cpu', '--set', 'train_steps=1', 'max_grad_norm=2']
+    assert said(capsys, *words)[0] == 0
+    assert json.loads((tmp_path / 'run/config.json').read_text())['max_grad_norm'] == 2
+
+
+@pytest.mark.parametrize(
+    'more, says',
+    [
+        (['--set', 'lr'], "'lr' is no setting: write NAME=VALUE"),
+        (['--set', 'learning_rate=1'], "unknown setting 'learning_rate'"),
+        (['--set', 'lr=fast'], "lr is 'fast', but must be a number"),
+        (['--set', 'T=8.5'], "T is '8.5', but must be a whole number"),
+        (['--set', 'through=maybe'], "through is 'maybe', but must be True or False"),
+        (['--set', 'lr=1', 'lr=2'], 'lr is set twice'),
+        (['--set', 'K=99'], 'K is 99'),
+        (['--prompts', 'nowhere.txt'], 'cannot read the prompts in nowhere.txt'),
+        (['--prompts', 'empty.txt'], 'empty.txt holds no prompts'),
+        (['--prompts', 'bad.jsonl'], 'bad.jsonl, line 1 is no JSON'),
+        (['--prompts', 'other.jsonl'], 'other.jsonl, line 1 has no field "prompt"'),
+        (['--prompts', 'bytes.txt'], 'give a text file in UTF-8'),
+        (['--images', '.'], 'give either --prompts FILE or'),
+        (['--base', 'tinny'], "unknown base model 'tinny'"),
+        (['--reward', 'brihgt'], "unknown reward 'brihgt'"),
+        (['--reward', 'my_reward:none'], 'cannot find the reward my_reward:none'),
+        (['--reward', 'no_module:f'], 'cannot find the reward no_module:f'),
+        (['--reward', 'my_reward:REWARDS'], 'cannot find the reward'),
+        (['--reward', 'my_reward:blind'], 'gets a gradient of zero'),
+        (['--config', 'nowhere/config.json'], 'nowhere'),
+    ],
+)
+def test_bad_words_for_an_own_run_are_one_line(capsys, own, more, says):
+    (own / 'empty.txt').write_text('# nothing\n\n')
+    (own / 'bad.jsonl').write_text('a panda\n')
+    (own / 'other.jsonl').write_text('{"text": "a panda"}\n')
+    (own / 'bytes.txt').write_bytes(b'\xff\xfe\x00')
+    code, _, err = train(capsys, *more)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
+    assert not (own / 'run').exists()
+
+
+def test_an_own_run_without_held_out_prompts_cannot_be_evaluated(capsys, own):
+    assert train(capsys, '--set', 'train_steps=1')[0] == 0
+    code, _, err = said(capsys, 'eval', 'run', '--device', 'cpu')
+    assert code == 2 and 'has no held-out prompts' in err

@@ -47,18 +47,36 @@ def _given(
     values = {name: getattr(args, option) for option, name in options.items()}
     return {name: value for name, value in values.items() if value is not None}
 
+def _settings(
+    args,  # with `set`, `config` and the keys of `_config_options`
+) -> dict:
+    "Fields of `Config`: those of the file `config`, over them those of `set`, over them the options."
+    from vader_nb.config import parse_settings, read_config
+    recorded = asdict(read_config(Path(args.config).parent)) if args.config else {}
+    own = {name: value for name, value in recorded.items() if name not in ('experiment', 'scale')}
+    return {**own, **parse_settings(args.set), **_given(args, _config_options)}
+
 # %% ../nbs/8_results/02_cli.ipynb #5ed18e33
 def run_experiment(
-    args,  # with `experiment`, `scale`, `out`, `resume`, `device`, `wandb` and the keys of `_config_options`
+    args,  # with `experiment`, `scale`, `out`, `resume`, `device`, `wandb` and what `_settings` needs
 ):
     "Run an experiment and say where its report is."
-    from accelerate import PartialState
     if args.experiment in _comparisons().COMPARISONS:
         return run_comparison(args)
-    from vader_nb.experiments.registry import default_folder, experiment_config, run
-    config = experiment_config(args.experiment, args.scale, **_given(args, _config_options))
+    from vader_nb.experiments.registry import experiment_config
+    _run(args, experiment_config(args.experiment, args.scale, **_settings(args)))
+
+def _run(
+    args,  # with `out`, `resume`, `device`, `wandb`
+    config,
+    experiment=None,  # as in `run`
+):
+    "The run, its progress bar, and the text of its report."
+    from accelerate import PartialState
+    from vader_nb.experiments.registry import default_folder, run
     folder = Path(args.out or default_folder(config))
-    for record in run(config, folder, args.device, resume=args.resume, wandb=args.wandb, progress=True):
+    how = dict(resume=args.resume, wandb=args.wandb, progress=True)
+    for record in run(config, folder, args.device, experiment, **how):
         pass  # the progress bar shows it
     if PartialState().is_main_process:
         report = (folder/'report.md').read_text(encoding='utf8')
@@ -76,7 +94,7 @@ def run_comparison(
 ):
     "Run all runs of a comparison, or what is left of them."
     from vader_nb.core import check
-    given = _given(args, _config_options)
+    given = _settings(args)
     chosen = given.keys() & {'method', 'seed', 'train_steps'}
     check(not chosen, f'{args.experiment} runs all methods and seeds, as long as it takes: leave out --method, --seed '
                       'and --steps')
@@ -84,6 +102,53 @@ def run_comparison(
     for name, record in module.compare(module.COMPARISONS[args.experiment], folder, args.scale, args.device, **given):
         print(f'{name}: step {record["step"]}, {record["reward_queries"]} rewards, mean {record["reward"]:.3f}')
     print(f'The runs: {folder}')
+
+# %% ../nbs/8_results/02_cli.ipynb #18d00002
+def _read_prompts(path):
+    "The prompts in a file, and a word about what was left out."
+    from vader_nb.experiments.prompts import read_prompts
+    prompts, left_out = read_prompts(path)
+    print(f'{path}: {len(prompts)} prompts; {left_out} blank lines, comments and repetitions left out')
+    return prompts
+
+def _own_prompts(
+    args,  # with `prompts`, `tests`, `images`
+):  # -> training prompts, held-out prompts
+    "Prompts from files, or start images from a folder."
+    from vader_nb.core import check
+    from vader_nb.experiments.prompts import image_files
+    check(bool(args.prompts) != bool(args.images), 'give either --prompts FILE or, for svd, --images DIR')
+    train = image_files(args.images) if args.images else _read_prompts(args.prompts)
+    if not args.tests:
+        return train, []
+    return train, image_files(args.tests) if Path(args.tests).is_dir() else _read_prompts(args.tests)
+
+def _check_own_reward(
+    text,   # 'module:function'
+    scale,  # 'small' or 'full'
+    device,
+):
+    "Put the user's function to the contract test, on two clips of noise."
+    import torch
+    from vader_nb.core import make_generator, pick_device
+    from vader_nb.experiments.registry import load_any_reward
+    from vader_nb.rewards.base import check_reward
+    device = pick_device(device)
+    video = torch.rand(2, 4, 3, 64, 64, generator=make_generator(0)).to(device)
+    check_reward(load_any_reward(text, scale, device), video, ['a panda riding a bike', 'a fox playing chess'])
+    print(f'{text} passes the contract test')
+
+def train_own(
+    args,  # with `base`, `reward`, those of `_own_prompts` and of `run_experiment`
+):
+    "Train a base model on a reward and prompts of the user's own."
+    from vader_nb.experiments.registry import experiment_config, own_experiment
+    sys.path.insert(0, '')  # modules of the user lie where the command was given
+    experiment = own_experiment(args.base, args.reward, *_own_prompts(args))
+    config = experiment_config('custom', args.scale, experiment=experiment, **_settings(args))
+    if ':' in args.reward:
+        _check_own_reward(args.reward, args.scale, args.device)
+    _run(args, config, experiment)
 
 # %% ../nbs/8_results/02_cli.ipynb #ea48be32
 def _sampling_config(
@@ -186,13 +251,17 @@ def evaluate_run(
     "Print the scores on held-out prompts, before and after."
     from tqdm.auto import tqdm
     from vader_nb.config import read_config
-    from vader_nb.experiments.registry import find_experiment, judge_for, load
+    from vader_nb.core import check
+    from vader_nb.experiments.registry import judge_for, load, read_experiment
     from vader_nb.memory.lora import load_lora, lora_off
     from vader_nb.records import table
     from vader_nb.training.evaluate import evaluate
     config = read_config(args.run)
-    eval_prompts = find_experiment(config.experiment).prompts(config.scale)[1]
-    model, reward = load(config, args.device)
+    experiment = read_experiment(args.run)
+    eval_prompts = experiment.prompts(config.scale)[1]
+    check(eval_prompts, f'{args.run} has no held-out prompts: name some with --tests when you train')
+    sys.path.insert(0, '')
+    model, reward = load(config, args.device, experiment)
     load_lora(model, Path(args.run)/'lora')
     judge = judge_for(config)
 
@@ -241,6 +310,19 @@ def _list_options(add):
 def _run_options(add):
     "The options of `vader run`."
     add('experiment', metavar='EXPERIMENT', help='a name from vader list')
+    _training_options(add)
+
+def _train_options(add):
+    "The options of `vader train`."
+    add('--base', default='modelscope', metavar='B', help='a base model of vader list; default: modelscope')
+    add('--reward', required=True, metavar='R', help='as "hps + 0.1*aesthetic", or module:function of your own')
+    add('--prompts', metavar='FILE', help='training prompts: one a line, or .jsonl or .csv with a field "prompt"')
+    add('--images', metavar='DIR', help='for svd in the place of prompts: a folder of start images')
+    add('--tests', metavar='FILE', help='held-out prompts, or a folder of start images')
+    _training_options(add)
+
+def _training_options(add):
+    "The options of the commands that train."
     add('--scale', default='small', metavar='SCALE', help='small (in this package) or full (published weights)')
     add('--method', metavar='M', help='vader, ddpo or dpo; default: vader')
     add('--steps', type=int, metavar='N', help='optimizer steps')
@@ -251,6 +333,8 @@ def _run_options(add):
     add('--out', metavar='DIR', help='the run folder; default: runs/EXPERIMENT-SCALE-SEED')
     add('--resume', action='store_true', help='go on with the run in that folder, if there is one')
     add('--wandb', action='store_true', help='log to Weights & Biases too')
+    add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='any field of Config, such as lr=1e-3 T=8')
+    add('--config', metavar='FILE', help='the config.json of a run, whose settings to take')
 
 # %% ../nbs/8_results/02_cli.ipynb #82abeedd
 def _sample_options(add):
@@ -298,6 +382,7 @@ def _memory_options(add):
 _commands = {
     'list': (list_experiments, 'name the experiments', _list_options),
     'run': (run_experiment, 'run an experiment of the paper', _run_options),
+    'train': (train_own, 'train on a reward and prompts of your own', _train_options),
     'sample': (sample_prompts, 'make clips of prompts', _sample_options),
     'extend': (extend_image, 'make a long video that goes on from its own last frame', _extend_options),
     'eval': (evaluate_run, 'score a run on its held-out prompts, before and after', _eval_options),

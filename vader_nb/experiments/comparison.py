@@ -54,10 +54,12 @@ class Comparison:
 def resolution_variants() -> dict:
     "VADER and DDPO on clips of several sizes, with equal queries a step."
     sizes = [(side, 8) for side in (32, 48, 64, 96)] + [(64, 16)]
-    return {
-        f'{method} {side}x{frames}': (method, dict(height=side, width=side, frames=frames, batch_size=16, **more))
-        for side, frames in sizes for method, more in (('vader', dict(train_steps=100)), ('ddpo', dict(decoded_frames=frames)))
-    }
+    variants = {}
+    for side, frames in sizes:
+        size = dict(height=side, width=side, frames=frames, batch_size=16)
+        variants[f'vader {side}x{frames}'] = 'vader', dict(size, train_steps=100)
+        variants[f'ddpo {side}x{frames}'] = 'ddpo', dict(size, decoded_frames=frames)
+    return variants
 
 # %% ../../nbs/8_results/05_comparison.ipynb #f9e75801
 _three = ['modelscope-aesthetic', 'modelscope-hps', 'modelscope-action']

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'is_action', 'hps_actions', 'activity_prompts', 'spread',
            'action_prompts', 'hat_prompts', 'animal_prompts', 'book_prompts', 'label_prompts', 'creative_prompts',
-           'asked_often', 'image_files', 'dog_images', 'long_images']
+           'asked_often', 'read_prompts', 'image_files', 'dog_images', 'long_images']
 
 # %% ../../nbs/8_results/00_prompts.ipynb #b77936a4
+import csv
+import json
 import os
 from pathlib import Path
 from ..core import VaderError, check, read_json
@@ -179,6 +181,45 @@ def asked_often(
         return train, tests * (n if scale == 'small' else 1)
 
     return often
+
+# %% ../../nbs/8_results/00_prompts.ipynb #18b00002
+def _prompt_of(record, place):
+    "The prompt in a record of a file. Raises `VaderError` where there is none."
+    prompt = record.get('prompt') if isinstance(record, dict) else None
+    check(isinstance(prompt, str), f'{place} has no field "prompt" with a text')
+    return prompt
+
+def _json_record(line, place):
+    "What a line of JSON holds. Raises `VaderError` for one that holds none."
+    try: return json.loads(line)
+    except ValueError: check(False, f'{place} is no JSON: write {{"prompt": "a panda riding a bike"}}')
+
+def _written_prompts(
+    path: Path,
+    text: str,
+) -> list:
+    "All prompts in the text of a file, by its ending; '' for a line that holds none."
+    lines = text.splitlines()
+    if path.suffix == '.csv':
+        return [_prompt_of(row, f'{path}, row {i}') for i, row in enumerate(csv.DictReader(lines), 1)]
+    if path.suffix in ('.jsonl', '.json'):
+        places = [(line, f'{path}, line {i}') for i, line in enumerate(lines, 1) if line.strip()]
+        return [_prompt_of(_json_record(line, place), place) for line, place in places]
+    return ['' if line.lstrip().startswith('#') else line for line in lines]
+
+# %% ../../nbs/8_results/00_prompts.ipynb #18b00003
+def read_prompts(
+    path,  # of a text file, or one that ends in .jsonl or .csv
+):  # -> list of different prompts, how many lines were left out
+    "The prompts in a file. Raises `VaderError` if it cannot be read or holds none."
+    path = Path(path)
+    try: text = path.read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as e:
+        raise VaderError(f'cannot read the prompts in {path} ({e}): give a text file in UTF-8') from None
+    written = [prompt.strip() for prompt in _written_prompts(path, text)]
+    prompts = [prompt for prompt in dict.fromkeys(written) if prompt]
+    check(prompts, f'{path} holds no prompts')
+    return prompts, len(written) - len(prompts)
 
 # %% ../../nbs/8_results/00_prompts.ipynb #94415289
 def image_files(
