@@ -446,3 +446,19 @@ def test_an_own_run_without_held_out_prompts_cannot_be_evaluated(capsys, own):
     assert train(capsys, '--set', 'train_steps=1')[0] == 0
     code, _, err = said(capsys, 'eval', 'run', '--device', 'cpu')
     assert code == 2 and 'has no held-out prompts' in err
+
+
+def test_the_strength_of_a_lora(capsys, tmp_path):
+    run = tmp_path / 'run'
+    assert said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu')[0] == 0
+    rows = [
+        [line for line in said(capsys, 'eval', run, '--device', 'cpu', *more)[1].splitlines() if '| reward' in line][0]
+        for more in ([], ['--strength', '0'])
+    ]
+    before, after = rows[1].split('|')[2:4]
+    assert before == after and rows[0].split('|')[2] == before and rows[0] != rows[1]
+    clips = [tmp_path / 'clips', '--lora', run / 'lora', '--sampling-steps', 2, '--device', 'cpu', PROMPTS[0]]
+    code, out, err = said(capsys, 'sample', '--strength', '0.5', '--out', *clips)
+    assert code == 0 and 'strength0.5' in out, err
+    code, _, err = said(capsys, 'sample', '--strength', '0.5', PROMPTS[0])
+    assert code == 2 and 'name one with --lora' in err

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from tiny_models import Tiny, cond, gradient, pretend_training
 from vader_nb.core import VaderError, make_generator
-from vader_nb.memory.lora import MergedLora, add_lora, load_lora, lora_off, lora_parameters, save_lora
+from vader_nb.memory.lora import MergedLora, add_lora, load_lora, lora_off, lora_parameters, save_lora, set_strength
+from vader_nb.models.modelscope import load_modelscope
 
 
 @pytest.fixture
@@ -447,3 +448,33 @@ def test_what_is_off_or_in_half_precision_is_not_merged(model, x):
         assert not MergedLora(model).layers
     model.denoiser.bfloat16()
     assert not MergedLora(model).layers
+
+
+# Strength
+
+
+def test_the_strength_scales_what_was_learnt():
+    model = load_modelscope('small', 'cpu')
+    cond, x = model.encode(['a panda riding a bike'], 4, 32, 32), model.noise(1, 4, 32, 32, make_generator(0))
+    add_lora(model, rank=2)
+    with torch.no_grad():
+        for name, p in model.denoiser.named_parameters():
+            if 'lora_B' in name:
+                p.normal_(std=0.02, generator=make_generator(1))
+        layer = next(m for m in model.denoiser.modules() if hasattr(m, 'lora_A'))
+        delta = layer.get_delta_weight('default')
+        full = model.predict(x, 500, cond, 1.0)
+        set_strength(model, 0.5)
+        assert torch.equal(layer.get_delta_weight('default'), 0.5 * delta)
+        half = model.predict(x, 500, cond, 1.0)
+        set_strength(model, 0)
+        none = model.predict(x, 500, cond, 1.0)
+        set_strength(model, 1)
+        assert torch.equal(model.predict(x, 500, cond, 1.0), full) and not torch.allclose(half, full)
+        with lora_off(model):
+            assert torch.allclose(model.predict(x, 500, cond, 1.0), none)
+    for bad in (float('nan'), '1', None, True):
+        with pytest.raises(VaderError, match='but must be a number, such as 0.5'):
+            set_strength(model, bad)
+    with pytest.raises(VaderError, match='no LoRA whose strength'):
+        set_strength(load_modelscope('small', 'cpu'), 0.5)

@@ -196,6 +196,23 @@ def clip_name(
         parts.append(value if isinstance(value, str) else f'{name}{value:g}')
     return '-'.join(parts)
 
+# %% ../nbs/8_results/02_cli.ipynb #18e00006
+_clip_names = dict(scale='scale', sampling_steps='T', guidance='guidance', strength='strength')
+
+def _use_lora(
+    model,     # a `VideoModel`
+    folder,    # of a LoRA, or None
+    strength,  # of the LoRA; None: as trained
+):
+    "Load the LoRA, if there is one, at that strength."
+    from vader_nb.core import check
+    from vader_nb.memory.lora import load_lora, set_strength
+    check(folder or strength is None, 'strength is that of a LoRA: name one with --lora')
+    if folder:
+        load_lora(model, folder)
+    if strength is not None:
+        set_strength(model, strength)
+
 # %% ../nbs/8_results/02_cli.ipynb #e8454e1a
 def sample_prompts(
     args,  # with `prompt`, `out`, `base`, `device` and those of `_sampling_config`
@@ -203,14 +220,12 @@ def sample_prompts(
     "Write a GIF and an MP4 for each prompt."
     from vader_nb.core import check_writable
     from vader_nb.diffusion.rollout import sample
-    from vader_nb.memory.lora import load_lora
     from vader_nb.show import save_gif, save_mp4
     from vader_nb.zoo import load_model
     config, base, kind, size = _sampling_config(args)
-    options = _given(args, dict(base='base', scale='scale', sampling_steps='T', guidance='guidance'))
+    options = _given(args, dict(base='base', **_clip_names))
     model = load_model(base, args.scale or config.scale, args.device)
-    if args.lora:
-        load_lora(model, args.lora)
+    _use_lora(model, args.lora, args.strength)
     model.encode(args.prompt, *size)  # complains about any of them before the first is made
     check_writable(args.out)
     for prompt in dict.fromkeys(args.prompt):
@@ -226,17 +241,15 @@ def extend_image(
 ):
     "Write a GIF, an MP4 and a strip with marked seams of a video that goes on from its own last frame."
     from vader_nb.core import atomic_path, check_writable
-    from vader_nb.memory.lora import load_lora
     from vader_nb.show import save_gif, save_mp4, strip
     from vader_nb.training.long_video import extend, mark_seams
     from vader_nb.zoo import load_model
     config, base, _, size = _sampling_config(args)
     model = load_model(base, args.scale or config.scale, args.device)
-    if args.lora:
-        load_lora(model, args.lora)
+    _use_lora(model, args.lora, args.strength)
     check_writable(args.out)
     video = extend(model, args.image, args.rounds, config.T, config.guidance, config.seed, size)
-    options = _given(args, dict(rounds='rounds', scale='scale', sampling_steps='T', guidance='guidance'))
+    options = _given(args, dict(rounds='rounds', **_clip_names))
     path = Path(args.out)/clip_name(args.image, config.seed, args.lora, **options)
     save_gif(video, f'{path}.gif')
     save_mp4(video, f'{path}.mp4')
@@ -246,14 +259,14 @@ def extend_image(
 
 # %% ../nbs/8_results/02_cli.ipynb #998b8472
 def evaluate_run(
-    args,  # with `run`, `device`
+    args,  # with `run`, `strength`, `device`
 ):
     "Print the scores on held-out prompts, before and after."
     from tqdm.auto import tqdm
     from vader_nb.config import read_config
     from vader_nb.core import check
     from vader_nb.experiments.registry import judge_for, load, read_experiment
-    from vader_nb.memory.lora import load_lora, lora_off
+    from vader_nb.memory.lora import lora_off
     from vader_nb.records import table
     from vader_nb.training.evaluate import evaluate
     config = read_config(args.run)
@@ -262,7 +275,7 @@ def evaluate_run(
     check(eval_prompts, f'{args.run} has no held-out prompts: name some with --tests when you train')
     sys.path.insert(0, '')
     model, reward = load(config, args.device, experiment)
-    load_lora(model, Path(args.run)/'lora')
+    _use_lora(model, Path(args.run)/'lora', args.strength)
     judge = judge_for(config)
 
     def scores(name):
@@ -356,6 +369,7 @@ def _clip_options(add):
     "The options of all commands that make clips."
     add('--scale', metavar='SCALE', help="small or full; default: the run's, or small")
     add('--lora', metavar='DIR', help='the lora folder of a run; other settings come from that run, too')
+    add('--strength', type=float, metavar='S', help='of the LoRA; 0: the base model, 1: as trained; default: 1')
     add('--sampling-steps', type=int, metavar='T', help="default: the run's, or 25")
     add('--guidance', type=float, metavar='G', help="1 is none; default: the run's, or 4")
     add('--seed', type=int, metavar='S', help="decides the noise; default: the run's, or 0")
@@ -365,6 +379,7 @@ def _clip_options(add):
 def _eval_options(add):
     "The options of `vader eval`."
     add('run', metavar='RUN', help='a run folder')
+    add('--strength', type=float, metavar='S', help='of its LoRA; default: 1')
     add('--device', metavar='D', help='cpu, cuda or mps')
 
 def _memory_options(add):
