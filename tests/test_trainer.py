@@ -637,3 +637,16 @@ def test_a_prompt_that_the_reward_cannot_read_is_found_before_the_run(tmp_path):
             )
         )
     assert not (tmp_path / 'run').exists()
+
+
+def test_the_lora_has_a_card_that_the_hub_reads(unbroken):
+    from huggingface_hub import ModelCard
+
+    folder, _ = unbroken
+    card = ModelCard.load(folder / 'lora/README.md')
+    inputs = json.loads((folder / 'inputs.json').read_text())
+    assert card.data.library_name == 'peft' and 'vader' in card.data.tags and inputs['base'] in card.data.base_model
+    for said in (inputs['reward'], *inputs['prompts'][:3], '| held-out prompts |', '| train_steps |'):
+        assert said in card.text
+    for picture in ('strips.png', 'curve.png'):
+        assert picture in card.text and (folder / 'lora' / picture).read_bytes()[:4] == b'\x89PNG'

@@ -700,5 +700,5 @@ def fit(
     finally:
         trainer.teardown()
     if trainer.accelerator.is_main_process:
-        finish(model, config, trainer.folder, [*eval_prompts, *prompts])
+        finish(model, config, trainer.folder, [*eval_prompts, *prompts], trainer.inputs)
     trainer.accelerator.wait_for_everyone()
