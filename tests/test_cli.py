@@ -386,7 +386,8 @@ def train(capsys, *more, reward='bright'):
 def test_own_prompts_and_an_own_reward(capsys, own):
     code, out, err = train(capsys, '--tests', 'tests.csv', '--set', 'train_steps=1', 'lr=1e-2', reward='my_reward:dark')
     assert code == 0, err
-    assert f'mine.txt: {len(PROMPTS)} prompts; 3 blank lines' in out and 'my_reward:dark passes' in out
+    assert f'mine.txt: {len(PROMPTS)} prompts\nleft out as blank, comment or repeated: 3\n' in out
+    assert 'my_reward:dark passes' in out
     config, inputs = [json.loads((own / 'run' / f'{name}.json').read_text()) for name in ('config', 'inputs')]
     assert (config['train_steps'], config['lr'], config['T']) == (1, 1e-2, TINY['T'])
     assert (inputs['prompts'], inputs['eval_prompts']) == (PROMPTS, TESTS) and inputs['reward'] == 'my_reward:dark'
@@ -462,3 +463,42 @@ def test_the_strength_of_a_lora(capsys, tmp_path):
     assert code == 0 and 'strength0.5' in out, err
     code, _, err = said(capsys, 'sample', '--strength', '0.5', PROMPTS[0])
     assert code == 2 and 'name one with --lora' in err
+
+
+PLAIN = """
+import sys; sys.modules['vader_nb'] = None  # importing it would fail
+import torch
+from diffusers import UNet3DConditionModel
+unet = UNet3DConditionModel.from_pretrained(sys.argv[1]).eval()
+x, text = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad(): torch.save(unet(x, 500, text).sample, sys.argv[3])
+"""
+
+
+def test_merged_weights_in_plain_diffusers(capsys, tmp_path):
+    from vader_nb.memory.lora import load_lora
+
+    run = tmp_path / 'run'
+    assert said(capsys, 'run', 'tiny', '--out', run, '--device', 'cpu')[0] == 0
+    code, out, err = said(capsys, 'export', run)
+    assert code == 0 and out.strip() == str(run / 'merged'), err
+    model = zoo.load_model('tiny')
+    load_lora(model, run / 'lora')
+    x, text = torch.randn(1, 4, 4, 2, 2), torch.randn(1, 12, 32)
+    torch.save((x, text), tmp_path / 'x.pt')
+    files = [run / 'merged', tmp_path / 'x.pt', tmp_path / 'y.pt']
+    subprocess.run([sys.executable, '-c', PLAIN, *map(str, files)], check=True, capture_output=True)
+    with torch.no_grad():
+        tuned = model.denoiser(x, 500, text).sample
+        with model.denoiser.disable_adapter():
+            base = model.denoiser(x, 500, text).sample
+    plain = torch.load(tmp_path / 'y.pt', weights_only=True)
+    assert (plain - tuned).abs().max() < 1e-5 < (plain - base).abs().max()
+    for words, says in [
+        ([run], 'merged exists'),
+        ([run, '--to', 'onnx'], "unknown layout 'onnx'"),
+        ([run, '--to', 'diffusers'], 'has no load_lora_weights'),
+        ([tmp_path], 'config.json'),
+    ]:
+        code, _, err = said(capsys, 'export', *words)
+        assert code == 2 and says in err, err

@@ -108,7 +108,8 @@ def _read_prompts(path):
     "The prompts in a file, and a word about what was left out."
     from vader_nb.experiments.prompts import read_prompts
     prompts, left_out = read_prompts(path)
-    print(f'{path}: {len(prompts)} prompts; {left_out} blank lines, comments and repetitions left out')
+    print(f'{path}: {len(prompts)} prompt{"s" * (len(prompts) != 1)}')
+    print(f'left out as blank, comment or repeated: {left_out}')
     return prompts
 
 def _own_prompts(
@@ -287,6 +288,29 @@ def evaluate_run(
     rows = [[name, f'{before[name]:.3f}', f'{after[name]:.3f}'] for name in after]
     print(table(['held-out prompts', 'before', 'after'], rows))
 
+# %% ../nbs/8_results/02_cli.ipynb #18e10005
+def export_run(
+    args,  # with `run`, `to`, `out`, `strength`
+):
+    "Write the LoRA of a run in another layout."
+    from vader_nb.config import read_config
+    from vader_nb.core import check
+    from vader_nb.experiments.registry import read_experiment
+    from vader_nb.memory.lora import save_merged
+    from vader_nb.models.wan import export_lora
+    from vader_nb.zoo import load_model
+    layouts = dict(merged=save_merged, diffusers=export_lora)
+    check(args.to in layouts, f'unknown layout {args.to!r}: use merged or diffusers')
+    base = read_experiment(args.run).base
+    check(args.to == 'merged' or base == 'wan', f'the pipeline of {base} has no load_lora_weights: use --to merged, '
+                                                f'or the folder {args.run}/lora with peft')
+    out = Path(args.out or Path(args.run)/args.to)
+    check(not out.exists(), f'{out} exists: name another folder with --out')
+    model = load_model(base, read_config(args.run).scale, 'cpu')
+    _use_lora(model, Path(args.run)/'lora', args.strength)
+    layouts[args.to](model, out)
+    print(out)
+
 # %% ../nbs/8_results/02_cli.ipynb #8bf39038
 def plan_memory(
     args,  # with `base`, `reward`, `frames`, `size`, `k`, `rounds`, `budget`, `measure`
@@ -382,6 +406,13 @@ def _eval_options(add):
     add('--strength', type=float, metavar='S', help='of its LoRA; default: 1')
     add('--device', metavar='D', help='cpu, cuda or mps')
 
+def _export_options(add):
+    "The options of `vader export`."
+    add('run', metavar='RUN', help='a run folder')
+    add('--to', default='merged', metavar='LAYOUT', help='merged (weights of the denoiser) or diffusers (Wan)')
+    add('--strength', type=float, metavar='S', help='of its LoRA; default: 1')
+    add('--out', metavar='DIR', help='a folder that does not exist yet; default: one in the run')
+
 def _memory_options(add):
     "The options of `vader memory`."
     add('--base', default='modelscope', metavar='B', help='a base model of vader list; default: modelscope')
@@ -401,6 +432,7 @@ _commands = {
     'sample': (sample_prompts, 'make clips of prompts', _sample_options),
     'extend': (extend_image, 'make a long video that goes on from its own last frame', _extend_options),
     'eval': (evaluate_run, 'score a run on its held-out prompts, before and after', _eval_options),
+    'export': (export_run, 'write the LoRA of a run in another layout', _export_options),
     'memory': (plan_memory, 'predict the peak memory of a training step at full size', _memory_options),
 }
 
