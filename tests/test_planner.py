@@ -492,3 +492,18 @@ def test_what_is_remembered_is_new_and_of_meta():
         assert ops_seen(ops._assert_tensor_metadata.default, (x,), {}) is None
     a, b = ops_seen(ops.split.Tensor, (x, 3), {}), ops_seen(ops.cat.default, ([x, x], 1), {})
     assert len(a) == 2 and b.shape == ops_seen(ops.cat.default, ([x, x], 1), {}).shape == (6, 8)
+
+
+def test_the_limit_names_the_card_by_a_number(monkeypatch):
+    "Torch 2.11 refuses 'cuda' without an index there; on a machine without a card its calls are written down."
+    from types import SimpleNamespace
+
+    from vader_nb.memory.simulate import memory_limit
+
+    named = []
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=2**34))
+    monkeypatch.setattr(torch.cuda, 'set_per_process_memory_fraction', lambda share, device: named.append((share, device)))
+    with memory_limit('cuda', 4):
+        assert named == [(0.25, torch.device('cuda', 1))]
+    assert named[1:] == [(1.0, torch.device('cuda', 1))]

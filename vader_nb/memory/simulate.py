@@ -164,6 +164,8 @@ def memory_limit(
     if device.type != 'cuda' or gb is None:
         yield
         return
+    if device.index is None:  # torch 2.11 wants a number
+        device = torch.device('cuda', torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gb * 2**30 / total), device)
     try:
