@@ -278,8 +278,9 @@ def test_measure_with_one(capsys, monkeypatch):
     assert asked == [('tiny', 'contrast', config_for('tiny', 'contrast'), '', 1, 2.0)]
 
 
-def test_the_recorded_measurements_name_their_source():
-    record = read_json(RECORDED / 'memory-measured/gpu.json')
+@pytest.mark.parametrize('name', ['gpu.json', 'gpu-16.json'])
+def test_the_recorded_measurements_name_their_source(name):
+    record = read_json(RECORDED / 'memory-measured' / name)
     assert 'H100' in record['card'] and record['torch'] and record['source']
     for row in record['rows']:
         assert abs(row['allocated'] / row['predicted'] - 1) < 0.03 and row['reserved'] >= row['allocated']
@@ -503,7 +504,7 @@ def test_the_limit_names_the_card_by_a_number(monkeypatch):
     named = []
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=2**34))
-    monkeypatch.setattr(torch.cuda, 'set_per_process_memory_fraction', lambda share, device: named.append((share, device)))
+    monkeypatch.setattr(torch.cuda, 'set_per_process_memory_fraction', lambda *args: named.append(args))
     with memory_limit('cuda', 4):
         assert named == [(0.25, torch.device('cuda', 1))]
     assert named[1:] == [(1.0, torch.device('cuda', 1))]
