@@ -230,6 +230,7 @@ def test_a_step_is_tried_with_random_weights():
 def fake_gpu(monkeypatch, gb=80):
     limits = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=gb * 2**30))
     monkeypatch.setattr(torch.cuda, 'set_per_process_memory_fraction', lambda share, device: limits.append(share))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'a card')
