@@ -423,6 +423,7 @@ def test_settings_of_an_experiment(capsys, tmp_path):
         (['--prompts', 'bad.jsonl'], 'bad.jsonl, line 1 is no JSON'),
         (['--prompts', 'other.jsonl'], 'other.jsonl, line 1 has no field "prompt"'),
         (['--prompts', 'bytes.txt'], 'give a text file in UTF-8'),
+        (['--prompts', 'list.json'], 'write one JSON record a line'),
         (['--images', '.'], 'give either --prompts FILE or'),
         (['--base', 'tinny'], "unknown base model 'tinny'"),
         (['--reward', 'brihgt'], "unknown reward 'brihgt'"),
@@ -430,7 +431,9 @@ def test_settings_of_an_experiment(capsys, tmp_path):
         (['--reward', 'no_module:f'], 'cannot find the reward no_module:f'),
         (['--reward', 'my_reward:REWARDS'], 'cannot find the reward'),
         (['--reward', 'my_reward:blind'], 'gets a gradient of zero'),
+        (['--reward', 'broken:f'], 'cannot find the reward broken:f (SyntaxError'),
         (['--config', 'nowhere/config.json'], 'nowhere'),
+        (['--config', 'mine.txt'], 'mine.txt is no config.json of a run'),
     ],
 )
 def test_bad_words_for_an_own_run_are_one_line(capsys, own, more, says):
@@ -438,9 +441,42 @@ def test_bad_words_for_an_own_run_are_one_line(capsys, own, more, says):
     (own / 'bad.jsonl').write_text('a panda\n')
     (own / 'other.jsonl').write_text('{"text": "a panda"}\n')
     (own / 'bytes.txt').write_bytes(b'\xff\xfe\x00')
+    (own / 'broken.py').write_text('def f(:\n')
     code, _, err = train(capsys, *more)
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
     assert not (own / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'name, text, prompts',
+    [
+        ('mine.CSV', 'prompt,id\n"a panda\nriding a bike",1\na fox,2\n', ['a panda\nriding a bike', 'a fox']),
+        ('mine.jsonl', '{"prompt": "a\u2028panda"}\r\n\n{"prompt": " a fox "}\n', ['a\u2028panda', 'a fox']),
+        ('mine', '\ufeffa panda\r\n  # a comment\r\na fox', ['a panda', 'a fox']),
+    ],
+)
+def test_prompts_of_every_kind_of_file(tmp_path, name, text, prompts):
+    from vader_nb.experiments.prompts import read_prompts
+
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_prompts(tmp_path / name)[0] == prompts
+
+
+def test_an_own_run_goes_on_with_its_own_prompts_only(capsys, own):
+    assert train(capsys, '--set', 'train_steps=1')[0] == 0
+    (own / 'other.txt').write_text('\n'.join(PROMPTS[:2]))
+    code, _, err = train(capsys, '--set', 'train_steps=2', '--prompts', 'other.txt', '--resume')
+    assert code == 2 and 'prompts' in err and len(err.strip().splitlines()) == 1, err
+    assert train(capsys, '--set', 'train_steps=2', '--resume')[0] == 0
+    assert len((own / 'run/metrics.jsonl').read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize('damaged', ['{}', '[]', '{"base": "tiny"}'])
+def test_an_own_run_whose_inputs_are_damaged(capsys, own, damaged):
+    assert train(capsys, '--tests', 'tests.csv', '--set', 'train_steps=1')[0] == 0
+    (own / 'run/inputs.json').write_text(damaged)
+    code, _, err = said(capsys, 'eval', 'run', '--device', 'cpu')
+    assert code == 2 and 'inputs.json does not say what the run was made of' in err
 
 
 def test_an_own_run_without_held_out_prompts_cannot_be_evaluated(capsys, own):

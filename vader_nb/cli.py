@@ -52,6 +52,9 @@ def _settings(
 ) -> dict:
     "Fields of `Config`: those of the file `config`, over them those of `set`, over them the options."
     from vader_nb.config import parse_settings, read_config
+    from vader_nb.core import check
+    named = not args.config or Path(args.config).name == 'config.json'
+    check(named, f'{args.config} is no config.json of a run: name one, such as runs/mine/config.json')
     recorded = asdict(read_config(Path(args.config).parent)) if args.config else {}
     own = {name: value for name, value in recorded.items() if name not in ('experiment', 'scale')}
     return {**own, **parse_settings(args.set), **_given(args, _config_options)}
@@ -144,7 +147,6 @@ def train_own(
 ):
     "Train a base model on a reward and prompts of the user's own."
     from vader_nb.experiments.registry import experiment_config, own_experiment
-    sys.path.insert(0, '')  # modules of the user lie where the command was given
     experiment = own_experiment(args.base, args.reward, *_own_prompts(args))
     config = experiment_config('custom', args.scale, experiment=experiment, **_settings(args))
     if ':' in args.reward:
@@ -159,18 +161,14 @@ def _sampling_config(
     without a run the sampler is None and the size empty, the model's own.
     """
     from vader_nb.config import Config, read_config
-    from vader_nb.core import read_json
-    from vader_nb.experiments.registry import EXPERIMENTS
+    from vader_nb.experiments.registry import read_experiment
     given = _given(args, dict(sampling_steps='T', guidance='guidance', seed='seed'))
     run_folder = Path(args.lora).parent if args.lora else None
     if run_folder is None or not (run_folder/'config.json').is_file():
         return Config(**{'T': 25, **given, 'K': 1}), args.base or 'modelscope', None, ()
     config = read_config(run_folder)
-    experiment = EXPERIMENTS.get(config.experiment)
-    inputs = run_folder/'inputs.json'  # which old runs lack
-    base = experiment.base if experiment else read_json(inputs)['base'] if inputs.is_file() else 'modelscope'
     size = config.frames, config.height, config.width
-    return replace(config, **{**given, 'K': 1}), args.base or base, config.sampler, size
+    return replace(config, **{**given, 'K': 1}), args.base or read_experiment(run_folder).base, config.sampler, size
 
 # %% ../nbs/8_results/02_cli.ipynb #507546d3
 def _file_name(text):
@@ -274,7 +272,6 @@ def evaluate_run(
     experiment = read_experiment(args.run)
     eval_prompts = experiment.prompts(config.scale)[1]
     check(eval_prompts, f'{args.run} has no held-out prompts: name some with --tests when you train')
-    sys.path.insert(0, '')
     model, reward = load(config, args.device, experiment)
     _use_lora(model, Path(args.run)/'lora', args.strength)
     judge = judge_for(config)
@@ -470,6 +467,8 @@ def main(
     warnings.filterwarnings('ignore')
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')
+    if '' not in sys.path:
+        sys.path.append('')  # rewards of the user lie where the command was given
     try:
         _check_not_empty(args)
         args.function(args)

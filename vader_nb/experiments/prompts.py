@@ -9,6 +9,7 @@ __all__ = ['ACTIONS', 'COMMON_ANIMALS', 'TEST_ACTIVITIES', 'is_action', 'hps_act
 
 # %% ../../nbs/8_results/00_prompts.ipynb #b77936a4
 import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -199,10 +200,11 @@ def _written_prompts(
     text: str,
 ) -> list:
     "All prompts in the text of a file, by its ending; '' for a line that holds none."
-    lines = text.splitlines()
-    if path.suffix == '.csv':
-        return [_prompt_of(row, f'{path}, row {i}') for i, row in enumerate(csv.DictReader(lines), 1)]
-    if path.suffix in ('.jsonl', '.json'):
+    if path.suffix.lower() == '.csv':
+        rows = csv.DictReader(io.StringIO(text))  # a text in quotes may have several lines
+        return [_prompt_of(row, f'{path}, row {i}') for i, row in enumerate(rows, 1)]
+    lines = text.split('\n')  # and at no other sign that Unicode calls the end of a line
+    if path.suffix.lower() == '.jsonl':
         places = [(line, f'{path}, line {i}') for i, line in enumerate(lines, 1) if line.strip()]
         return [_prompt_of(_json_record(line, place), place) for line, place in places]
     return ['' if line.lstrip().startswith('#') else line for line in lines]
@@ -213,10 +215,11 @@ def read_prompts(
 ):  # -> list of different prompts, how many lines were left out
     "The prompts in a file. Raises `VaderError` if it cannot be read or holds none."
     path = Path(path)
+    check(path.suffix.lower() != '.json', f'{path}: write one JSON record a line, in a file that ends in .jsonl')
     try: text = path.read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
         raise VaderError(f'cannot read the prompts in {path} ({e}): give a text file in UTF-8') from None
-    written = [prompt.strip() for prompt in _written_prompts(path, text)]
+    written = [prompt.strip() for prompt in _written_prompts(path, text.rstrip())]
     prompts = [prompt for prompt in dict.fromkeys(written) if prompt]
     check(prompts, f'{path} holds no prompts')
     return prompts, len(written) - len(prompts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 import torch
 from ..config import Config, read_config
-from ..core import VaderError, check, pick_device, read_json
+from ..core import VaderError, check, pick_device, read_json, reason
 from vader_nb.experiments.prompts import (
     action_prompts, animal_prompts, asked_often, book_prompts, creative_prompts, dog_images, hat_prompts, label_prompts,
     long_images,
@@ -195,9 +195,9 @@ def load_any_reward(
     if ':' not in text:
         return load_reward(text, scale, device)
     try: function = resolve_name(text)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise VaderError(f'cannot find the reward {text} ({e}): write module:function, of a module that Python '
-                         'finds from this folder') from None
+    except Exception as e:  # a module of the user's may fail in any way
+        raise VaderError(f'cannot find the reward {text} ({type(e).__name__}: {reason(e)}): write module:function, of '
+                         'a module that Python finds from this folder') from e
     check(callable(function), f'{text} is no function: write one that takes (video, prompts)')
     return reward_from(function, text)
 
@@ -260,7 +260,10 @@ def read_experiment(
     if config.experiment != 'custom':
         return find_experiment(config.experiment)
     inputs = read_json(Path(folder)/'inputs.json')
-    return own_experiment(inputs['base'], inputs['reward'], inputs['prompts'], inputs['eval_prompts'])
+    wanted = ('base', 'reward', 'prompts', 'eval_prompts')
+    whole = isinstance(inputs, dict) and inputs.keys() >= set(wanted)
+    check(whole, f'{folder}/inputs.json does not say what the run was made of: restore it')
+    return own_experiment(*[inputs[name] for name in wanted])
 
 # %% ../../nbs/8_results/01_experiments.ipynb #062306ea
 def default_folder(
