@@ -1,22 +1,24 @@
 "The trainer: one process or two, killed or not, in good and bad weather; all on a tiny random model."
 
-import errno, json, os, signal, subprocess, sys, threading, time
+import errno, json, os, shutil, signal, subprocess, sys, threading, time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch
+from huggingface_hub import ModelCard
 from tiny_models import tiny_pipeline
 from tiny_run import PROMPTS, TESTS, TINY, bright, tiny_fit, tiny_model, tiny_trainer, two_processes
 from vader_nb.core import VaderError, make_generator, write_json
 from vader_nb.memory.lora import add_lora
 from vader_nb.memory.lora import saved_bytes
-from vader_nb.zoo import load_reward
+from vader_nb.zoo import CHECKPOINTS, load_reward
 from vader_nb.rewards.base import reward_from
 from vader_nb.diffusion.rollout import sample
 from vader_nb.training.run_folder import check_inputs, checkpoints, run_inputs
 from vader_nb.records import read_lines
 from vader_nb.config import Config
+from vader_nb.training.report import write_card
 from vader_nb.training.trainer import Trainer, fit
 from vader_nb.training.vader import vader_step
 
@@ -640,13 +642,24 @@ def test_a_prompt_that_the_reward_cannot_read_is_found_before_the_run(tmp_path):
 
 
 def test_the_lora_has_a_card_that_the_hub_reads(unbroken):
-    from huggingface_hub import ModelCard
-
     folder, _ = unbroken
     card = ModelCard.load(folder / 'lora/README.md')
     inputs = json.loads((folder / 'inputs.json').read_text())
-    assert card.data.library_name == 'peft' and 'vader' in card.data.tags and inputs['base'] in card.data.base_model
-    for said in (inputs['reward'], *inputs['prompts'][:3], '| held-out prompts |', '| train_steps |'):
+    assert card.data.library_name == 'peft' and 'vader' in card.data.tags
+    assert card.data.base_model is None, 'a small model is on no hub'
+    for said in (inputs['base'], inputs['reward'], *inputs['prompts'][:3], '| held-out prompts |', '| train_steps |'):
         assert said in card.text
     for picture in ('strips.png', 'curve.png'):
         assert picture in card.text and (folder / 'lora' / picture).read_bytes()[:4] == b'\x89PNG'
+
+
+LICENCES = [('modelscope', 'cc-by-nc-4.0'), ('videocrafter', 'other'), ('mine: 1', 'other')]
+
+
+@pytest.mark.parametrize('base, licence', LICENCES)
+def test_a_card_at_full_scale_names_the_base_on_the_hub(unbroken, tmp_path, base, licence):
+    shutil.copytree(unbroken[0], tmp_path / 'run')
+    write_card(tmp_path / 'run', dict(scale='full'), dict(base=base, reward='hps', prompts=['a panda']))
+    card = ModelCard.load(tmp_path / 'run/lora/README.md')
+    known = CHECKPOINTS.get(base)
+    assert card.data.base_model == (known.hub if known else None) and card.data.license == licence

@@ -102,16 +102,14 @@ def write_report(
 
 # %% ../../nbs/7_training/02_report.ipynb #18f00002
 _card = '''---
-library_name: peft
-base_model: {base_model}
-tags: [lora, diffusers, video, vader, reward-gradients]
+{header}
 ---
 
 # LoRA for {base}: {reward}
 
 Trained by [vader_nb](https://github.com/vader-nb/vader_nb), which differentiates a reward of the clips and ascends its
 gradient ([VADER](https://arxiv.org/abs/2407.08737)). Base model: {about}. Reward: {reward}.
-It comes under the licence of its base model: {licence}.
+It comes under the licence of its base model ({licence}).
 
 ![clips of the same noise, before and after](strips.png)
 
@@ -142,11 +140,20 @@ def _base_words(
     name,   # of a base model
     scale,  # 'small' or 'full'
 ) -> dict:
-    "What a card says of the base model."
+    "What a card says of the base model, and what the hub reads."
+    from huggingface_hub import ModelCardData
     known = CHECKPOINTS.get(name, Checkpoint('a base model of your own'))
-    small = dict(base_model=f'vader_nb-small-{name}', about=f'the small {name} of vader_nb', licence='Apache-2.0')
-    full = dict(base_model=known.hub or name, about=f'{known.hub}, {known.about}', licence=known.licence or 'unknown')
-    return small if scale == 'small' else full
+    full = scale == 'full'
+    licence = (known.licence if full else 'Apache-2.0') or 'unknown'
+    listed = licence.lower().replace(' ', '-')
+    header = ModelCardData(
+        library_name='peft',
+        base_model=(known.hub or None) if full else None,  # the small models are on no hub
+        license=listed if listed in ('apache-2.0', 'cc-by-nc-4.0') else 'other',
+        tags=['lora', 'diffusers', 'video', 'vader', 'reward-gradients'],
+    )
+    about = f'{known.hub or name}, {known.about}' if full else f'the small {name} of vader_nb'
+    return dict(header=header.to_yaml(), about=about, licence=licence)
 
 # %% ../../nbs/7_training/02_report.ipynb #18f00004
 def write_card(
