@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from tiny_models import Tiny, cond, gradient, pretend_training
 from vader_nb.core import VaderError, make_generator
-from vader_nb.memory.lora import MergedLora, add_lora, load_lora, lora_off, lora_parameters, save_lora, set_strength
+from vader_nb.memory.lora import MergedLora, add_lora, load_lora, lora_off, lora_parameters, save_lora, save_merged
+from vader_nb.memory.lora import set_strength
 from vader_nb.models.modelscope import load_modelscope
+from vader_nb.zoo import load_model
 
 
 @pytest.fixture
@@ -478,3 +480,20 @@ def test_the_strength_scales_what_was_learnt():
             set_strength(model, bad)
     with pytest.raises(VaderError, match='no LoRA whose strength'):
         set_strength(load_modelscope('small', 'cpu'), 0.5)
+
+
+def test_merged_weights_of_a_network_of_ours(tmp_path):
+    model = load_model('videocrafter', 'small', 'cpu')
+    with pytest.raises(VaderError, match='has no LoRA that could be merged'):
+        save_merged(model, tmp_path / 'merged')
+    cond, x = model.encode(['a panda riding a bike'], 4, 32, 32), model.noise(1, 4, 32, 32, make_generator(0))
+    add_lora(model, rank=2)
+    pretend_training(model)
+    set_strength(model, 0.5)
+    save_merged(model, tmp_path / 'merged')
+    plain = load_model('videocrafter', 'small', 'cpu')
+    with torch.no_grad():
+        base = plain.predict(x, 500, cond, 1.0)
+        plain.denoiser.load_state_dict(load_file(tmp_path / 'merged/model.safetensors'))
+        merged, tuned = plain.predict(x, 500, cond, 1.0), model.predict(x, 500, cond, 1.0)
+    assert (merged - tuned).abs().max() < 1e-4 < (merged - base).abs().max()

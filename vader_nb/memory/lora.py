@@ -234,7 +234,7 @@ def set_strength(
 # %% ../../nbs/4_method/01_lora.ipynb #18e10002
 def save_merged(
     model,   # a `VideoModel` with LoRA
-    folder,  # receives the denoiser; for a network of diffusers what its `from_pretrained` reads
+    folder,  # receives what `from_pretrained` of the denoiser reads; for a network of ours its model.safetensors
 ):
     "Write the denoiser with its LoRA merged into the weights. Raises `VaderError` for a model without LoRA."
     from safetensors.torch import save_file
@@ -244,5 +244,5 @@ def save_merged(
         if hasattr(network, 'save_pretrained'):
             network.save_pretrained(new)
             return
-        Path(new).mkdir(parents=True)
-        save_file({name: w.contiguous() for name, w in network.state_dict().items()}, Path(new)/'model.safetensors')
+        new.mkdir()
+        save_file({name: w.contiguous() for name, w in network.state_dict().items()}, new/'model.safetensors')
